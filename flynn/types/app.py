@@ -1,0 +1,39 @@
+"""Apps. See spec/controller section 5.1."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from flynn.types.codec import Wire, always
+
+SYSTEM_APP = "flynn-system-app"
+SYSTEM_CRITICAL = "flynn-system-critical"
+
+
+class Strategy(StrEnum):
+    ALL_AT_ONCE = "all-at-once"
+    ONE_BY_ONE = "one-by-one"
+    ONE_DOWN_ONE_UP = "one-down-one-up"
+    IN_BATCHES = "in-batches"
+    SIRENIA = "sirenia"
+    DISCOVERD_META = "discoverd-meta"
+
+
+class App(Wire):
+    id: str = ""
+    name: str = ""
+    meta: dict[str, str] = always({})
+    strategy: str = ""
+    release: str = ""  # the current one
+    deploy_timeout: int = 0  # seconds
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    @property
+    def system(self) -> bool:
+        return self.meta.get(SYSTEM_APP) == "true"
+
+    @property
+    def critical(self) -> bool:
+        return self.meta.get(SYSTEM_CRITICAL) == "true"
