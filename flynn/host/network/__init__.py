@@ -1,0 +1,1 @@
+"""The node's side of container networking: bridge, address pool, packet filter."""
