@@ -1,0 +1,1 @@
+"""asyncio primitives that know nothing of Flynn."""

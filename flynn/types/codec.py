@@ -68,7 +68,7 @@ def zero_time() -> datetime:
 def _returning(value: T) -> Callable[[], T]:
     if isinstance(value, list | dict | set):
         # msgspec leaves out the empty value of a bare `list`, `dict` or `set` factory, but not of a function.
-        return lambda: cast(T, value.copy())
+        return lambda: value.copy()
     return lambda: value
 
 

@@ -120,22 +120,20 @@ class Unreachable(ApiError):
     retry = True
 
 
-BY_CODE: dict[str, type[ApiError]] = {
-    error.code: error
-    for error in (
-        BadSyntax,
-        BodyTooBig,
-        Unauthorized,
-        Forbidden,
-        NotFound,
-        ObjectExists,
-        Conflict,
-        PreconditionFailed,
-        RateLimited,
-        UnknownError,
-        ServiceUnavailable,
-    )
-} | {"not_found": NotFound}
+_ERRORS: tuple[type[ApiError], ...] = (
+    BadSyntax,
+    BodyTooBig,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    ObjectExists,
+    Conflict,
+    PreconditionFailed,
+    RateLimited,
+    UnknownError,
+    ServiceUnavailable,
+)
+BY_CODE: dict[str, type[ApiError]] = {error.code: error for error in _ERRORS} | {"not_found": NotFound}
 
 BY_STATUS: dict[int, type[ApiError]] = {
     400: BadSyntax,

@@ -1,0 +1,93 @@
+"""One way to be a process: event loop, signals, readiness, orderly exit.
+
+A daemon is an async context manager. Entering it binds, connects, replays state and registers; it is ready when it has
+been entered. Leaving it undoes that in reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+
+from flynn.log import configure
+
+log = logging.getLogger(__name__)
+
+GRACE = timedelta(seconds=20)  # below the 30 s that a host waits before it kills
+
+ServiceFactory = Callable[[], AbstractAsyncContextManager[object]]
+
+
+class ConfigError(Exception):
+    """The process cannot start as configured; the message names the variable or flag."""
+
+
+def run(component: str, service: ServiceFactory, *, grace: timedelta = GRACE) -> None:
+    """Be the daemon `component` until SIGINT or SIGTERM. Exit code 0 after an orderly exit, 1 after a failure."""
+    configure(component)
+    try:
+        _run_loop(service, grace)
+    except ConfigError as error:
+        sys.exit(f"{component}: {error}")
+    except BaseException as error:
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            raise
+        for cause in _leaves(error):
+            if isinstance(cause, ConfigError):
+                sys.exit(f"{component}: {cause}")
+        log.critical("the daemon failed", exc_info=error)
+        sys.exit(1)
+
+
+def _run_loop(service: ServiceFactory, grace: timedelta) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(service(), grace=grace))
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for child in error.exceptions for leaf in _leaves(child)]
+    return [error]
+
+
+async def serve(service: AbstractAsyncContextManager[object], *, grace: timedelta) -> None:
+    """Run until SIGINT or SIGTERM, then allow `grace` for an orderly exit.
+
+    The service is entered and left by this one task, so that a task group inside it can interrupt the wait.
+    """
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+    stop = asyncio.Event()
+    ready = False
+
+    def asked_to_stop() -> None:
+        stop.set()
+        if not ready:
+            main.cancel()  # A signal during the start ends the start as well.
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, asked_to_stop)
+    try:
+        async with asyncio.timeout(None) as deadline, service:
+            try:
+                ready = True
+                log.info("ready")
+                # What lived through the start is permanent; the collector need not visit it again.
+                gc.collect()
+                gc.freeze()
+                await stop.wait()
+                log.info("stopping")
+            finally:
+                deadline.reschedule(loop.time() + grace.total_seconds())
+    except asyncio.CancelledError:
+        if not stop.is_set() or ready:
+            raise
