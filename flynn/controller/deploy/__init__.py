@@ -1,0 +1,1 @@
+"""How a deployment moves from an old release to a new one; the rules only."""
