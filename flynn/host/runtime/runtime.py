@@ -1,6 +1,6 @@
 """The daemon's side of containers: asyncio, no aiohttp, never blocking on a container.
 
-    async with Runtime(state_dir=Path("/var/lib/flynn"), partitions={"system": 4096, "background": 4096, "user": 8192}) as runtime:
+    async with Runtime(state_dir=Path("/var/lib/flynn"), partitions={"system": 4096, "user": 8192}) as runtime:
         container = await runtime.create(spec)      # set up, waits before exec; descriptors are there already
         await container.resume()                    # exec; returns once the job's process runs
         exit = await container.wait()               # Exit(code, signal, oom)
@@ -11,9 +11,9 @@ Leaving the `async with` ends the zygote and closes connections; containers keep
 
 Errors:
     ContainerError
-      StartFailed       create or resume; the text is meant for the user: exec: "foo": executable file not found in $PATH
+      StartFailed       create or resume; the text is for the user: exec: "foo": executable file not found in $PATH
       NotRunning        signal, resize ... after the end
-      ContainerLost     reconnect: neither an init nor an exit status is there (power cut, init killed while nobody looked)
+      ContainerLost     reconnect: neither init nor an exit status is there (power cut, init killed unseen)
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Container:
         raise NotImplementedError
 
     async def close_stdin(self) -> None:
-        """Close the write end here *and* in init (which keeps one, so that stdin survives the daemon): the job reads EOF."""
+        """Close the write end here *and* in init (which keeps one, so that stdin outlives the daemon): EOF for the job."""
         raise NotImplementedError
 
     def stats(self) -> Stats:
@@ -152,8 +152,7 @@ class Container:
 class Runtime:
     """The zygote and the containers made by it or taken over.
 
-    state_dir: where nothing but this runtime's leftovers are looked for: `<state_dir>/jobs/<id>` is the usual directory of
-        a container, but specs may name any.
+    state_dir: `<state_dir>/jobs/<id>` is the usual directory of a container, but specs may name any.
     cgroup_root: path of this node's cgroup below each hierarchy's mount point; distinct per node on a shared machine.
     partitions: name -> cpu shares; created at start. A spec naming another partition is refused with StartFailed.
     """

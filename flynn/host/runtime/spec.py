@@ -1,6 +1,6 @@
 """What a container is to be: plain values, decided by the daemon, carried out by init.
 
-Not here: defaults that depend on the job or the host (profiles, partitions, resource defaults). The caller fills those in.
+Not here: defaults that depend on job or host (profiles, partitions, resource defaults). The caller fills those in.
 The spec is kept as `spec.json` in the container's directory, so that a later daemon can take the container over.
 """
 
@@ -160,9 +160,10 @@ def from_json(text: str) -> ContainerSpec:
     raw: dict[str, Any] = json.loads(text)
     known = {f.name for f in dataclasses.fields(ContainerSpec)}
     values: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
-    root, limits, network = values["rootfs"], values["limits"], values["network"]
+    root, network = values["rootfs"], values["network"]
+    limits: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values["limits"].items()}
     values["rootfs"] = RootFS(lower=tuple(root["lower"]), writable=root["writable"])
-    values["limits"] = Limits(**{key: tuple(v) if isinstance(v, list) else v for key, v in limits.items()})
+    values["limits"] = Limits(**limits)
     values["network"] = Network(**network) if network else None
     values["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
     for name in ("devices_allowed", "devices_created"):
