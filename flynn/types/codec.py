@@ -57,7 +57,7 @@ def replace(value: W, **changes: Any) -> W:
 
 def always(value: T) -> T:
     """A default that is written like any other value: for keys that must be present even when they are empty."""
-    return cast(T, msgspec.field(default_factory=_returning(value)))
+    return msgspec.field(default_factory=_returning(value))
 
 
 def zero_time() -> datetime:
@@ -68,7 +68,7 @@ def zero_time() -> datetime:
 def _returning(value: T) -> Callable[[], T]:
     if isinstance(value, list | dict | set):
         # msgspec leaves out the empty value of a bare `list`, `dict` or `set` factory, but not of a function.
-        return lambda: value.copy()
+        return lambda: cast(T, value.copy())
     return lambda: value
 
 

@@ -1,0 +1,543 @@
+"""The HTTP server of every daemon.
+
+An `Api` is a table of endpoints, each with a rule of access; `listen` serves it. Handlers take a `Request` and return
+a value: anything the codec knows becomes JSON, `None` an empty 200, and `Raw`, `Streaming` and `EventStream` the rest.
+Refusals are raised as `ApiError`; the mapping to status codes happens here and nowhere else.
+
+Every API also answers /ping, /.well-known/status and /metrics. Unknown paths and methods are both 404, as clients of
+the original expect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import logging
+import ssl
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, NoReturn, TypeVar
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from flynn.http import sse
+from flynn.http.connection import RawConnection
+from flynn.identity.access import ANYONE, INSIDERS, Access
+from flynn.identity.identity import Identity
+from flynn.identity.peer import Peer, PeerKind, peer_of
+from flynn.types.codec import builtins, decode_first, encode, encode_indented
+from flynn.types.errors import (
+    ApiError,
+    BadSyntax,
+    BodyTooBig,
+    Forbidden,
+    NotFound,
+    ServiceUnavailable,
+    Unauthorized,
+    UnknownError,
+    ValidationError,
+)
+from flynn.types.status import Health, Status, StatusDocument
+from flynn.version import VERSION
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+SHUTDOWN_SECONDS = 5.0  # what a listener that is closed gives the requests still running
+RENEWAL_CHECK_SECONDS = 60.0
+STATUS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A body sent as it is."""
+
+    body: bytes | str = b""
+    content_type: str = "application/octet-stream"
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """A body sent piece by piece; leaving the iterator early means that the client went away."""
+
+    chunks: AsyncIterable[bytes]
+    content_type: str = "application/octet-stream"
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)  # a Content-Length here makes it a plain body
+
+
+@dataclass(frozen=True, slots=True)
+class EventStream:
+    """Server-sent events: each item becomes one message. The headers go out before the first item is asked for.
+
+    An `ApiError` raised by the iterator is told to the client as an error event, any other one as a generic text.
+    """
+
+    items: AsyncIterable[Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Request:
+    """One request, with its caller already known."""
+
+    def __init__(self, raw: web.Request, peer: Peer | None, max_body_bytes: int) -> None:
+        self._raw = raw
+        self._max_body_bytes = max_body_bytes
+        self.peer = peer
+        self.id = raw.headers.get("X-Request-ID") or str(uuid.uuid4())
+        self.method = raw.method
+        self.raw_path = raw.path
+        self.headers: Mapping[str, str] = raw.headers
+        self.upgraded = False
+
+    def path(self, name: str) -> str:
+        """A parameter of the path, percent-decoded."""
+        return self._raw.match_info[name]
+
+    def query(self, name: str, default: str = "") -> str:
+        return self._raw.query.get(name, default)
+
+    def queries(self, name: str) -> list[str]:
+        return self._raw.query.getall(name, [])
+
+    def has_query(self, name: str) -> bool:
+        return name in self._raw.query
+
+    def header(self, name: str, default: str = "") -> str:
+        return self._raw.headers.get(name, default)
+
+    @property
+    def query_string(self) -> str:
+        return self._raw.query_string
+
+    @property
+    def remote(self) -> str:
+        """The client's address: the last X-Forwarded-For entry, else the other end of the connection."""
+        forwarded = self.header("X-Forwarded-For").rpartition(",")[2].strip()
+        return forwarded or self._raw.remote or ""
+
+    @property
+    def local_address(self) -> tuple[str, int] | None:
+        name = self._raw.transport.get_extra_info("sockname") if self._raw.transport else None
+        return (name[0], name[1]) if name else None
+
+    @property
+    def accepts_events(self) -> bool:
+        return "text/event-stream" in self.header("Accept")
+
+    @property
+    def basic_auth(self) -> tuple[str, str] | None:
+        """User and password of HTTP basic authentication."""
+        return _basic_auth(self.header("Authorization"))
+
+    async def body(self, type: type[T], *, any_content_type: bool = False) -> T:
+        """The JSON body as `type`. Raises ValidationError, BadSyntax or BodyTooBig."""
+        if not any_content_type and "application/json" not in self.header("Content-Type"):
+            raise ValidationError("", "Content-Type must be application/json")
+        raw = await self.raw()
+        if not raw.strip():
+            raise BadSyntax("The provided JSON input is invalid: the body is empty")
+        return decode_first(raw, type)
+
+    async def raw(self) -> bytes:
+        if (self._raw.content_length or 0) > self._max_body_bytes:
+            raise BodyTooBig(f"the body is larger than {self._max_body_bytes} bytes")
+        body = bytearray()
+        async for chunk in self.chunks():
+            body += chunk
+            if len(body) > self._max_body_bytes:
+                raise BodyTooBig(f"the body is larger than {self._max_body_bytes} bytes")
+        return bytes(body)
+
+    @property
+    def content_length(self) -> int | None:
+        return self._raw.content_length
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, without a limit. Raises ConnectionError when the client breaks off."""
+        try:
+            async for chunk in self._raw.content.iter_any():
+                yield chunk
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise ConnectionError("the client broke off in the middle of the body") from error
+
+    async def upgrade(self, protocol: str) -> RawConnection:
+        """Answer 101 and take over the connection, which ends when the handler returns."""
+        await self.raw()
+        transport, handler = self._raw.transport, self._raw.protocol
+        if transport is None:
+            raise ConnectionError("the client is gone")
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=256 * 1024, loop=loop)
+        takeover = asyncio.StreamReaderProtocol(reader, loop=loop)
+        takeover.connection_made(transport)
+        transport.set_protocol(takeover)
+        tail, handler._message_tail = getattr(handler, "_message_tail", b""), b""
+        if tail:
+            reader.feed_data(tail)
+        self.upgraded = True
+        transport.write(
+            f"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n".encode()
+        )
+        return RawConnection(reader, asyncio.StreamWriter(transport, takeover, reader, loop))
+
+
+Handler = Callable[[Request], Awaitable[Any]]
+StatusCheck = Callable[[], Awaitable[Status]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    method: str
+    path: str
+    handler: Handler
+    allow: Access
+    max_body_bytes: int
+
+
+class Api:
+    """The endpoints of one daemon. `endpoints` is the table of who may do what; tests walk it."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        version: str = VERSION,
+        status: StatusCheck | None = None,
+        status_access: Access = ANYONE,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        authorize: Callable[[Request], None] | None = None,
+        bare: frozenset[int] = frozenset(),
+        before: Callable[[Request], Raw | None] | None = None,
+        headers: Callable[[Request], Mapping[str, str]] | None = None,
+    ) -> None:
+        """
+        Args:
+            status: computes the status document; None = always healthy.
+            authorize: raises Unauthorized, after the rule of access has admitted the peer. Not asked for /ping.
+            bare: status codes of refusals that are sent without a body (the controller's 401 and 404).
+            before: may answer a request before anything else is looked at.
+            headers: adds to every answer.
+        """
+        self.name = name
+        self.version = version
+        self.endpoints: list[Endpoint] = []
+        self._status = status
+        self._max_body_bytes = max_body_bytes
+        self._authorize = authorize
+        self._bare = bare
+        self._before = before
+        self._headers = headers
+        self._paths_without_key = {"/ping"}
+        self.route("GET", "/ping", _pong, allow=ANYONE)
+        self.route("GET", "/.well-known/status", self._well_known_status, allow=status_access)
+        self.route("GET", "/metrics", _metrics, allow=INSIDERS)
+
+    def route(
+        self, method: str, path: str, handler: Handler, *, allow: Access, max_body_bytes: int | None = None
+    ) -> None:
+        """Add an endpoint. `{name}` in the path is one segment, `{name:.*}` the rest; method "*" is any."""
+        limit = self._max_body_bytes if max_body_bytes is None else max_body_bytes
+        self.endpoints.append(Endpoint(method, path, handler, allow, limit))
+
+    def without_key(self, path: str) -> None:
+        """Let this path be called without what `authorize` asks for."""
+        self._paths_without_key.add(path)
+
+    async def _well_known_status(self, request: Request) -> Raw:
+        try:
+            async with asyncio.timeout(STATUS_SECONDS):
+                status = await self._status() if self._status else Status(version=self.version)
+        except Exception as error:  # The edge: a check that fails is an answer, not a failure of the answer.
+            log.warning("status check failed", extra={"error": repr(error)})
+            status = Status(status=Health.UNHEALTHY, detail={"error": str(error)}, version=self.version)
+        code = HTTPStatus.OK if status.healthy else HTTPStatus.INTERNAL_SERVER_ERROR
+        return Raw(encode_indented(builtins(StatusDocument(data=status))), "application/json", code)
+
+    # The rest turns aiohttp requests into Requests and what handlers return or raise into responses.
+
+    def _application(self, key: str | None, pending: set[asyncio.Task[Any]]) -> web.Application:
+        application = web.Application(
+            client_max_size=1 << 62, middlewares=[web.middleware(_not_found_is_404)], handler_args={}
+        )
+        for endpoint in self.endpoints:
+            application.router.add_route(
+                endpoint.method, endpoint.path, self._adapter(endpoint, key, pending), expect_handler=_no_continue_limit
+            )
+        return application
+
+    def _adapter(
+        self, endpoint: Endpoint, key: str | None, pending: set[asyncio.Task[Any]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def adapter(raw: web.Request) -> web.StreamResponse:
+            request = Request(raw, _caller(raw, key), endpoint.max_body_bytes)
+            extra = dict(self._headers(request)) if self._headers else {}
+            try:
+                if self._before is not None and (early := self._before(request)) is not None:
+                    return _raw_response(early, extra)
+                self._admit(endpoint, request, with_key=key is not None)
+                # A client that goes away ends a stream at once, but never interrupts a handler half-way.
+                task = asyncio.ensure_future(_bounded(endpoint.handler(request)))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+                result = await asyncio.shield(task)
+                if request.upgraded:
+                    return _Upgraded()
+                return await _respond(raw, result, extra)
+            except ApiError as error:
+                if request.upgraded:
+                    return _Upgraded()
+                return self._refusal(error, extra)
+            except (ConnectionError, web.HTTPException):
+                raise
+            except Exception as error:  # The edge: one request fails, the daemon goes on.
+                log.exception("request failed", extra={"method": raw.method, "path": raw.path, "request": request.id})
+                if request.upgraded:
+                    return _Upgraded()
+                retry = isinstance(error, OSError | TimeoutError)
+                return self._refusal(UnknownError("Something went wrong", retry=retry), extra)
+
+        return adapter
+
+    def _admit(self, endpoint: Endpoint, request: Request, *, with_key: bool) -> None:
+        if not endpoint.allow.admits(request.peer):
+            if request.peer is None:
+                raise Unauthorized("a client certificate of the cluster is needed" if not with_key else "wrong key")
+            raise Forbidden(f"{request.peer} may not {request.method} {endpoint.path}")
+        if self._authorize is not None and request.raw_path not in self._paths_without_key:
+            self._authorize(request)
+
+    def _refusal(self, error: ApiError, headers: Mapping[str, str]) -> web.Response:
+        if error.status in self._bare and isinstance(error, NotFound | Unauthorized):
+            return web.Response(status=error.status, headers=headers)
+        document: dict[str, Any] = {"code": error.code, "message": error.message}
+        if error.detail is not None:
+            document["detail"] = error.detail
+        document["retry"] = error.retry
+        return web.Response(
+            status=error.status, body=encode(document), content_type="application/json", headers=headers
+        )
+
+
+class _Upgraded(web.Response):
+    """Stands for a connection that is no longer HTTP: nothing more is written, and it is closed."""
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        self.force_close()
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return
+
+
+async def _bounded(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+async def _no_continue_limit(request: web.Request) -> None:
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+async def _pong(request: Request) -> Raw:
+    return Raw(b"", "text/plain")
+
+
+async def _metrics(request: Request) -> Raw:
+    from prometheus_client import generate_latest  # Most daemons are never scraped.
+
+    return Raw(generate_latest(), "text/plain; version=0.0.4")
+
+
+async def _not_found_is_404(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+        return web.Response(status=404, text="404 page not found\n")
+
+
+def _caller(raw: web.Request, key: str | None) -> Peer | None:
+    """Who is calling: by certificate, or by the admin key on a listener that has one."""
+    if raw.transport is None:
+        return None
+    if key is not None:
+        credentials = _basic_auth(raw.headers.get("Authorization", ""))
+        if credentials is not None and hmac.compare_digest(credentials[1].encode(), key.encode()):
+            return Peer(PeerKind.OPERATOR, "key")
+        return None
+    return peer_of(raw.transport.get_extra_info("peercert"))
+
+
+def _basic_auth(header: str) -> tuple[str, str] | None:
+    scheme, _, encoded = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        user, colon, password = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        return None
+    return (user, password) if colon else None
+
+
+async def _respond(raw: web.Request, result: Any, extra: Mapping[str, str]) -> web.StreamResponse:
+    match result:
+        case None:
+            return web.Response(status=200, headers=extra)
+        case Raw():
+            return _raw_response(result, extra)
+        case EventStream():
+            return await _send_events(raw, result, extra)
+        case Streaming():
+            return await _send_chunks(raw, result, extra)
+    return web.Response(status=200, body=encode(result), content_type="application/json", headers=extra)
+
+
+def _raw_response(result: Raw, extra: Mapping[str, str]) -> web.Response:
+    body = result.body.encode() if isinstance(result.body, str) else result.body
+    headers = {**extra, **result.headers}
+    if body or result.content_type != "application/octet-stream":
+        headers["Content-Type"] = result.content_type
+    return web.Response(status=result.status, body=body, headers=headers)
+
+
+async def _send_chunks(raw: web.Request, result: Streaming, extra: Mapping[str, str]) -> web.StreamResponse:
+    response = web.StreamResponse(
+        status=result.status, headers={**extra, **result.headers, "Content-Type": result.content_type}
+    )
+    await response.prepare(raw)
+    try:
+        async for chunk in result.chunks:
+            await response.write(chunk)
+    except ConnectionError:
+        raise
+    except Exception as error:
+        # The status is out already: cut the connection, so that the client sees an incomplete body.
+        log.error("a streamed answer broke off", extra={"path": raw.path, "error": repr(error)})
+        if raw.transport is not None:
+            raw.transport.close()
+        raise ConnectionError("broken off") from error
+    await response.write_eof()
+    return response
+
+
+async def _send_events(raw: web.Request, result: EventStream, extra: Mapping[str, str]) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={**extra, **result.headers, "Content-Type": sse.CONTENT_TYPE, "Cache-Control": "no-cache"}
+    )
+    await response.prepare(raw)
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue(64)
+
+    async def pump() -> None:
+        # One task runs the iterator from beginning to end, so that it may use timeouts and task groups.
+        last: bytes | None = None
+        try:
+            async for item in result.items:
+                await queue.put(item if isinstance(item, bytes) else sse.message(item))
+        except ApiError as error:
+            last = sse.error(error.message)
+        except Exception as error:  # The edge: the stream ends with a word about it.
+            log.warning("an event stream failed", extra={"path": raw.path, "error": repr(error)})
+            last = sse.error(str(error) or "Something went wrong")
+        if last is not None:
+            await queue.put(last)
+        await queue.put(None)
+
+    pumping = asyncio.ensure_future(pump())
+    try:
+        ended = False
+        while not ended:
+            try:
+                async with asyncio.timeout(sse.KEEP_ALIVE_SECONDS):
+                    item = await queue.get()
+            except TimeoutError:
+                item = sse.KEEP_ALIVE
+            data = item or b""
+            ended = item is None
+            while not ended and not queue.empty():
+                item = queue.get_nowait()
+                data += item or b""
+                ended = item is None
+            if data:
+                await response.write(data)
+        await response.write_eof()
+    finally:
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
+    return response
+
+
+@asynccontextmanager
+async def listen(
+    api: Api,
+    host: str,
+    port: int,
+    *,
+    tls: Identity | ssl.SSLContext | None = None,
+    require_client: bool = True,
+    key: str | None = None,
+    sock: Any = None,
+) -> AsyncIterator[tuple[str, int]]:
+    """Serve `api` while the block is open; gives the bound address (`port` 0 picks one).
+
+    Args:
+        tls: an identity (its renewed certificates are picked up), or a ready context, or None for plain HTTP.
+        require_client: refuse connections without a client certificate; turn off only for endpoints of `ANYONE`.
+        key: the admin key of a plain listener on loopback; callers that know it are the operator.
+        sock: an already listening socket, instead of host and port.
+    """
+    if tls is None and key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise ValueError("plain HTTP without a key is for loopback only")
+    pending: set[asyncio.Task[Any]] = set()
+    context = tls.server_context(require_client=require_client) if isinstance(tls, Identity) else tls
+    runner = web.AppRunner(
+        api._application(key, pending),
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=180,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        tcp_keepalive=True,
+    )
+    await runner.setup()
+    site: web.BaseSite
+    if sock is not None:
+        site = web.SockSite(runner, sock, ssl_context=context)
+    else:
+        site = web.TCPSite(runner, host, port, ssl_context=context, reuse_address=True, backlog=512)
+    renewal: asyncio.Task[NoReturn] | None = None
+    try:
+        await site.start()
+        if isinstance(tls, Identity) and context is not None:
+            renewal = asyncio.ensure_future(_refresh(tls, context))
+        yield tuple(runner.addresses[0][:2])
+    finally:
+        if renewal is not None:
+            renewal.cancel()
+        await runner.cleanup()
+        for task in pending:
+            task.cancel()
+
+
+async def _refresh(identity: Identity, context: ssl.SSLContext) -> NoReturn:
+    stamp = identity.stamp()
+    while True:
+        await asyncio.sleep(RENEWAL_CHECK_SECONDS)
+        try:
+            if identity.stamp() != stamp:
+                identity.refresh(context)
+                stamp = identity.stamp()
+        except (OSError, ssl.SSLError) as error:
+            log.warning("could not load the renewed certificate", extra={"error": str(error)})
+
+
+def shutting_down(name: str) -> ServiceUnavailable:
+    return ServiceUnavailable(f"{name}: shutting down")
