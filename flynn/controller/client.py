@@ -27,7 +27,8 @@ from flynn.controller.wire import (
     ReleaseDeletion,
     ReleaseRef,
 )
-from flynn.http.client import HttpClient, KeyAuth, Pinned, RawConnection, Retry
+from flynn.http.client import HttpClient, KeyAuth, Pinned, Retry
+from flynn.http.connection import RawConnection
 from flynn.identity import Identity
 from flynn.types.app import App
 from flynn.types.artifact import Artifact
@@ -47,6 +48,8 @@ from flynn.types.volume import Volume
 INSIDE_URL = "https://controller.discoverd:80"
 ATTACH = "flynn-attach/0"
 
+PATIENCE = Retry(within=timedelta(seconds=10))  # with refused connections and errors that say `retry`
+LONG_CALL = 120.0  # seconds, for calls that wait for a job to start or stop, or for a provider
 SCALE_TIMEOUT = timedelta(seconds=30)
 DELETION_TIMEOUT = timedelta(seconds=60)
 OUTAGE_TOLERATED = timedelta(seconds=20)  # how long `follow_events` tries to reconnect
@@ -70,26 +73,12 @@ class DeletionFailed(Exception):
 
 def outside(url: str, key: str, pin: str | None = None) -> Controller:
     """Return a client that comes through the router, trusting the leaf certificate `pin` (base64 SHA-256) alone."""
-    return Controller(
-        HttpClient(
-            url,
-            auth=KeyAuth(key),
-            tls=Pinned(pin) if pin else None,
-            retry=Retry(every=timedelta(milliseconds=100), within=timedelta(seconds=10)),
-        )
-    )
+    return Controller(HttpClient(url, auth=KeyAuth(key), tls=Pinned(pin) if pin else None, retry=PATIENCE))
 
 
 def inside(key: str, identity: Identity, *, url: str = INSIDE_URL) -> Controller:
     """Return a client for daemons of the cluster: their certificate and the controller key."""
-    return Controller(
-        HttpClient(
-            url,
-            auth=KeyAuth(key),
-            tls=identity.client_context(),
-            retry=Retry(every=timedelta(milliseconds=100), within=timedelta(seconds=10)),
-        )
-    )
+    return Controller(HttpClient(url, auth=KeyAuth(key), tls=identity, retry=PATIENCE))
 
 
 class Controller:
@@ -107,6 +96,11 @@ class Controller:
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()
+
+    async def _call(self, method: str, path: str, body: object = None, *, answer: type[T], timeout: float) -> T:
+        result = await self._http.call(method, path, body, answer=answer, timeout=timeout)
+        assert result is not None
+        return result
 
     # Apps
 
@@ -168,7 +162,7 @@ class Controller:
     # Releases and artifacts
 
     async def create_artifact(self, artifact: Artifact) -> Artifact:
-        """Store an artifact; the manifest is fetched from its URI if it is not given. Same type and URI: the old one."""
+        """Store an artifact, fetching its manifest from the URI if none is given. Same type and URI: the stored one."""
         return await self._http.post("/artifacts", artifact, answer=Artifact)
 
     async def artifact(self, artifact: str) -> Artifact:
@@ -319,20 +313,17 @@ class Controller:
 
     async def kill_job(self, app: str, job: str) -> None:
         """Stop a job; the scheduler replaces it if its formation still wants it."""
-        await self._http.delete(_path("apps", app, "jobs", job), timeout=60)
+        await self._http.call("DELETE", _path("apps", app, "jobs", job), timeout=LONG_CALL)
 
     async def run_job(self, app: str, job: NewJob) -> Job:
         """Start a one-off job and return at once."""
-        return await self._http.post(_path("apps", app, "jobs"), job, answer=Job, timeout=60)
+        return await self._call("POST", _path("apps", app, "jobs"), job, answer=Job, timeout=LONG_CALL)
 
     @asynccontextmanager
     async def run_job_attached(self, app: str, job: NewJob) -> AsyncIterator[RawConnection]:
         """Start a one-off job attached to its stdin, stdout and stderr: frames of `flynn.host.attach`."""
-        connection = await self._http.upgrade(_path("apps", app, "jobs"), job, ATTACH)
-        try:
+        async with await self._http.upgrade(_path("apps", app, "jobs"), job, ATTACH) as connection:
             yield connection
-        finally:
-            await connection.close()
 
     # Deployments
 
@@ -492,7 +483,9 @@ class Controller:
 
     async def provision_resource(self, provider: str, request: ResourceReq) -> Resource:
         """Have a provider make a resource (a database, mostly) for some apps; its env is in the answer."""
-        return await self._http.post(_path("providers", provider, "resources"), request, answer=Resource, timeout=120)
+        return await self._call(
+            "POST", _path("providers", provider, "resources"), request, answer=Resource, timeout=LONG_CALL
+        )
 
     async def put_resource(self, resource: Resource) -> Resource:
         """Record a resource that exists already."""
@@ -518,7 +511,7 @@ class Controller:
     async def delete_resource(self, provider: str, resource: str) -> Resource:
         """Have the provider remove a resource with its data."""
         path = _path("providers", provider, "resources", resource)
-        return await self._http.delete(path, answer=Resource, timeout=120)
+        return await self._call("DELETE", path, answer=Resource, timeout=LONG_CALL)
 
     async def link_resource(self, provider: str, resource: str, app: str) -> Resource:
         """Link an existing resource to one more app."""
