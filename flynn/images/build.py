@@ -1,0 +1,160 @@
+"""From recipes to artifacts: gather the inputs, plan, make what the cache lacks, write the artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flynn.images import machine as machines
+from flynn.images import recipe as recipes
+from flynn.images.layers import CA_IN_IMAGE, Job, tree_of
+from flynn.images.machine import Machine
+from flynn.images.plan import InputFile, Inputs, Plan, PlannedLayer, artifact, manifest, plan
+from flynn.images.recipe import Code, Debian, Files, Packages, Python, Recipes, Staged
+from flynn.images.store import Store, write_synced
+from flynn.images.workshop import private_mounts, remove_tree
+from flynn.types.artifact import Layer
+from flynn.types.codec import encode_indented
+
+# The code layer is made at every change and is small: packing it fast matters more than its size.
+QUICK_LEVEL, THOROUGH_LEVEL = 3, 15
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """What `pyproject.toml` says that images need."""
+
+    version: str
+    requirements: tuple[str, ...]
+    scripts: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path, extras: Iterable[str]) -> Project:
+        project = tomllib.loads(path.read_text())["project"]
+        requirements = list(project["dependencies"])
+        for extra in extras:
+            requirements += project["optional-dependencies"][extra]
+        return cls(project["version"], tuple(requirements), dict(project["scripts"]))
+
+
+def build(
+    repository: Path,
+    names: Iterable[str],
+    *,
+    cache: Path,
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Build the named images (all if none is named) and write `out/<name>.json` for each.
+
+    Builds on one cache wait for each other. Needs root as soon as a layer has to be made.
+
+    Raises:
+        RecipeError, LayerError, StepFailed
+    """
+    known = recipes.read(repository / "images")
+    machine = machines.find()
+    project = Project.read(repository / "pyproject.toml", _extras(known))
+    store = Store(cache.absolute())
+    with store.locked():
+        planned = plan(known, names, _inputs(known, project, machine, repository))
+        layers = _make_missing(planned, store, repository, project, machine, say)
+        out.mkdir(parents=True, exist_ok=True)
+        for image in planned.images:
+            content = manifest(image, layers)
+            store.add_manifest(content.id(), content.canonical())
+            write_synced(out / f"{image.recipe.name}.json", encode_indented(artifact(image, content, str(store.root))))
+    say(f"{len(planned.images)} images of {len(planned.layers)} layers in {out}")
+
+
+def _make_missing(
+    planned: Plan, store: Store, repository: Path, project: Project, machine: Machine, say: Callable[[str], None]
+) -> dict[str, Layer]:
+    layers: dict[str, Layer] = {}
+    missing: list[PlannedLayer] = []
+    for layer in planned.layers:
+        built = store.find(layer.id)
+        if built is None:
+            missing.append(layer)
+        else:
+            layers[layer.id] = built
+    if not missing:
+        return layers
+    private_mounts()
+    work = store.root / "work"
+    remove_tree(work)  # left by a build that was killed
+    logs = store.root / "log"
+    logs.mkdir(exist_ok=True)
+    suites = {layer.id: layer.recipe.suite for layer in planned.layers if isinstance(layer.recipe, Debian)}
+    try:
+        for layer in missing:
+            started = time.monotonic()
+            say(f"layer {layer.recipe.name}: building ...")
+            log = logs / f"{layer.recipe.name}.log"
+            log.unlink(missing_ok=True)
+            job = Job(
+                below=[store.squashfs(id_) for id_ in layer.below],
+                work=work / "layer",
+                log=log,
+                downloads=work / "downloads",
+                repository=repository,
+                machine=machine,
+                suite=suites[layer.below[0]] if layer.below else getattr(layer.recipe, "suite", ""),
+                requirements=project.requirements,
+                scripts=project.scripts,
+                version=project.version,
+            )
+            with tree_of(layer.recipe, job) as tree:
+                level = QUICK_LEVEL if isinstance(layer.recipe, Code | Files) else THOROUGH_LEVEL
+                keep_times = isinstance(layer.recipe, Debian | Packages | Staged)
+                layers[layer.id] = store.add(layer.id, tree, level, keep_times=keep_times)
+            size = layers[layer.id].length / 1e6
+            say(f"layer {layer.recipe.name}: {size:.1f} MB in {time.monotonic() - started:.1f} s")
+    finally:
+        remove_tree(work)
+    return layers
+
+
+def _extras(known: Recipes) -> list[str]:
+    return sorted({extra for layer in known.layers.values() if isinstance(layer, Python) for extra in layer.extras})
+
+
+def _inputs(known: Recipes, project: Project, machine: Machine, repository: Path) -> Inputs:
+    files: dict[str, tuple[InputFile, ...]] = {}
+    for layer in known.layers.values():
+        match layer:
+            case Code():
+                files[layer.name] = tuple(_input_files(repository / "flynn", "flynn"))
+            case Files():
+                files[layer.name] = tuple(
+                    file for source in layer.copy for file in _input_files(repository / source, source)
+                )
+            case _:
+                pass
+    return Inputs(
+        files=files,
+        requirements=project.requirements,
+        scripts={**project.scripts, "version": project.version},
+        machine=machine.fingerprint(),
+        entrypoint_env=machine.environment(CA_IN_IMAGE),
+    )
+
+
+def _input_files(path: Path, name: str) -> Iterator[InputFile]:
+    if path.is_file():
+        yield _input_file(path, name)
+    for directory, names, found in os.walk(path):
+        names[:] = sorted(set(names) - {"__pycache__"})
+        for file in sorted(found):
+            inside = Path(directory, file)
+            yield _input_file(inside, f"{name}/{inside.relative_to(path)}")
+
+
+def _input_file(path: Path, name: str) -> InputFile:
+    content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+    return InputFile(name, len(content), hashlib.new("sha512_256", content).hexdigest(), os.access(path, os.X_OK))
