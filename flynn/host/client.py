@@ -7,11 +7,12 @@ is the caller's business and is settled in the `HttpClient` handed in. spec/host
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from flynn.host import attach
-from flynn.http.client import HttpClient, RawConnection
+from flynn.http.client import HttpClient
+from flynn.http.connection import RawConnection
 from flynn.types.host import (
     ActiveJob,
     AttachReq,
@@ -27,6 +28,8 @@ from flynn.types.sink import Sink, SinkInfo
 from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeEvent, VolumeInfo, VolumeRequest
 
 DEFAULT_PROVIDER = "default"
+STOP_SECONDS = 60.0  # a job gets 30 s between SIGTERM and SIGKILL, and its cleaning up takes a moment
+DEREGISTER_SECONDS = 15.0
 
 
 class Attachment:
@@ -105,7 +108,7 @@ class HostClient:
 
     async def stop_job(self, job_id: str) -> None:
         """Stop a job: SIGTERM, 30 s, SIGKILL. Returns when it is down. Raises `NotFound` for an unknown job."""
-        await self._http.delete(f"/host/jobs/{job_id}", timeout=60)
+        await self._http.call("DELETE", f"/host/jobs/{job_id}", timeout=STOP_SECONDS)
 
     async def signal_job(self, job_id: str, number: int) -> None:
         """Send a signal to a job's main process."""
@@ -118,10 +121,13 @@ class HostClient:
     def events(self, job_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Follow the events of all jobs, or of one (which need not exist yet), in order, over one connection.
 
-        There is no replay: list the jobs after the iteration began, and again after every reconnection.
+        There is no replay; see `subscribed` for who must not miss one.
         """
-        path = "/host/jobs" if job_id is None else f"/host/jobs/{job_id}"
-        return self._http.events(path, JobEvent)
+        return self._http.events(_jobs_path(job_id), JobEvent)
+
+    def subscribed(self, job_id: str | None = None) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
+        """Like `events`, but the subscription stands when the block is entered: subscribe, then list or add jobs."""
+        return self._http.subscribed(_jobs_path(job_id), JobEvent)
 
     @asynccontextmanager
     async def attach(self, request: AttachReq) -> AsyncIterator[Attachment]:
@@ -144,7 +150,7 @@ class HostClient:
                 case other:
                     raise attach.ProtocolViolation(f"{other} before the job was attached")
         finally:
-            await connection.close()
+            connection.close()
 
     # Configuration
 
@@ -211,3 +217,7 @@ class HostClient:
     async def delete_sink(self, sink_id: str) -> None:
         """Remove a log sink. Raises `NotFound`."""
         await self._http.delete(f"/sinks/{sink_id}")
+
+
+def _jobs_path(job_id: str | None) -> str:
+    return "/host/jobs" if job_id is None else f"/host/jobs/{job_id}"
