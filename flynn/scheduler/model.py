@@ -1,0 +1,182 @@
+"""The scheduler's view of the cluster: hosts, jobs, formations and volumes as immutable values.
+
+Wire types stop at `loop.py`; in here a host is an id with tags, a job has one of six states, and nothing does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple, NewType
+
+from flynn.types.app import App
+from flynn.types.artifact import Artifact
+from flynn.types.formation import ScaleRequest
+from flynn.types.release import ProcessType, Release, VolumeReq
+
+HostID = NewType("HostID", str)
+JobID = NewType("JobID", str)  # the UUID; a host calls the job `<host id>-<uuid>`
+VolumeID = NewType("VolumeID", str)
+RouterID = NewType("RouterID", str)
+Tags = Mapping[str, str]
+
+
+class FormationKey(NamedTuple):
+    app: str
+    release: str
+
+    def __str__(self) -> str:
+        return f"{self.app}:{self.release}"
+
+
+class JobState(StrEnum):
+    PENDING = "pending"  # created, being placed and started, or waiting for its restart time
+    BLOCKED = "blocked"  # no host fits it now
+    STARTING = "starting"  # its host runs it, its service is not up yet
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+    @property
+    def counts(self) -> bool:
+        """Whether a job in this state is one of those its formation asked for."""
+        return self in _COUNTING
+
+    @property
+    def on_host(self) -> bool:
+        """Whether its host has said that it runs it, and nobody has asked for its end."""
+        return self in (JobState.STARTING, JobState.RUNNING)
+
+
+_COUNTING = frozenset((JobState.PENDING, JobState.BLOCKED, JobState.STARTING, JobState.RUNNING))
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    id: HostID
+    tags: Tags = field(default_factory=dict)
+    healthy: bool = True
+    failed_checks: int = 0
+    shutting_down: bool = False
+
+    def fits(self, wanted: Tags) -> bool:
+        """Whether the host carries all wanted tags; none wanted fits every host."""
+        return not wanted or wanted.items() <= self.tags.items()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    id: JobID
+    app: str
+    release: str
+    type: str  # empty for a one-off
+    state: JobState
+    created_at: datetime
+    in_formation: bool = True  # False: a one-off or unknown job, mirrored but never restarted or stopped
+    host: HostID | None = None
+    args: tuple[str, ...] = ()
+    volumes: tuple[VolumeID, ...] = ()
+    meta: Mapping[str, str] = field(default_factory=dict)
+    restarts: int = 0
+    attempts: int = 0  # failed start requests so far
+    run_at: datetime | None = None  # not to be started before
+    avoid: HostID | None = None  # the host that refused it last
+    started_at: datetime | None = None  # as its host reports
+    ended_at: datetime | None = None  # its host said it ended; absent if it was merely lost
+    exit_status: int | None = None
+    host_error: str | None = None
+    touched_at: datetime | None = None  # last placement or report; listings older than this say nothing about it
+    reason: str = ""  # why it is blocked, or was stopped
+
+    @property
+    def key(self) -> FormationKey:
+        return FormationKey(self.app, self.release)
+
+    @property
+    def cluster_id(self) -> str:
+        return f"{self.host}-{self.id}" if self.host else ""
+
+    @property
+    def age_mark(self) -> datetime:
+        """What "newest" is judged by."""
+        return self.started_at or self.created_at
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """How many jobs of each type one release of one app is to have."""
+
+    app: App
+    release: Release
+    artifacts: tuple[Artifact, ...] = ()
+    wanted: Mapping[str, int] = field(default_factory=dict)  # as asked for; per host for omni types
+    tags: Mapping[str, Tags] = field(default_factory=dict)
+    updated_at: datetime | None = None
+    scale_request: ScaleRequest | None = None  # the pending one
+    refused: str = ""  # id of a scale request the guard refused
+
+    @property
+    def key(self) -> FormationKey:
+        return FormationKey(self.app.id, self.release.id)
+
+    @property
+    def active(self) -> bool:
+        return any(count > 0 for count in self.wanted.values())
+
+    @property
+    def services(self) -> frozenset[str]:
+        return frozenset(process.service for process in self.release.processes.values() if process.service)
+
+    def process(self, type: str) -> ProcessType:
+        return self.release.processes.get(type) or ProcessType()
+
+    def volume_requests(self, type: str) -> tuple[VolumeReq, ...]:
+        process = self.process(type)
+        if process.volumes:
+            return tuple(process.volumes)
+        return (VolumeReq(path="/data"),) if process.data else ()
+
+    def tags_of(self, type: str) -> Tags:
+        return self.tags.get(type) or {}
+
+    def targets(self, hosts: Iterable[Host]) -> dict[str, int]:
+        """The number of jobs wanted of each type; an omni type wants its count on every host it fits.
+
+        Judged by the count asked for, so that a moment without hosts does not turn an omni type off for good.
+        """
+        targets = {}
+        for type, count in self.wanted.items():
+            if not type:
+                continue
+            if count > 0 and self.process(type).omni:
+                tags = self.tags_of(type)
+                count *= sum(1 for host in hosts if not host.shutting_down and host.fits(tags))
+            targets[type] = max(count, 0)
+        return targets
+
+
+class VolumeState(StrEnum):
+    PENDING = "pending"
+    CREATED = "created"
+    DESTROYED = "destroyed"
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    id: VolumeID
+    host: HostID
+    app: str
+    release: str
+    type: str
+    path: str
+    delete_on_stop: bool = False
+    state: VolumeState = VolumeState.PENDING
+    job: JobID | None = None
+    decommissioned: bool = False
+    created_at: datetime | None = None
+
+    @property
+    def reusable(self) -> bool:
+        return self.state is VolumeState.CREATED and self.job is None and not self.decommissioned

@@ -1,0 +1,106 @@
+"""Everything the scheduler knows, indexed so that no decision scans all jobs. Plain memory, one owner: the engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from datetime import datetime, timedelta
+
+from flynn.scheduler.model import (
+    Formation,
+    FormationKey,
+    Host,
+    HostID,
+    Job,
+    JobID,
+    JobState,
+    Volume,
+    VolumeID,
+    VolumeState,
+)
+
+KEEP_STOPPED = timedelta(minutes=10)  # for late reports and for /debug/state; hosts list ended jobs again at a restart
+
+
+class World:
+    def __init__(self) -> None:
+        self.hosts: dict[HostID, Host] = {}
+        self.jobs: dict[JobID, Job] = {}
+        self.formations: dict[FormationKey, Formation] = {}
+        self.volumes: dict[VolumeID, Volume] = {}
+        self._jobs_of: dict[FormationKey, dict[JobID, Job]] = defaultdict(dict)
+        self._jobs_on: dict[HostID, set[JobID]] = defaultdict(set)
+        self._volumes_of: dict[tuple[str, str, str], dict[VolumeID, Volume]] = defaultdict(dict)
+        self._volumes_used: dict[JobID, set[VolumeID]] = defaultdict(set)
+
+    def put_job(self, job: Job) -> None:
+        before = self.jobs.get(job.id)
+        if before is not None and before.host is not None and before.host != job.host:
+            self._jobs_on[before.host].discard(job.id)
+        if job.host is not None:
+            self._jobs_on[job.host].add(job.id)
+        self.jobs[job.id] = job
+        self._jobs_of[job.key][job.id] = job
+
+    def drop_job(self, id: JobID) -> None:
+        job = self.jobs.pop(id)
+        self._jobs_of[job.key].pop(id, None)
+        if job.host is not None:
+            self._jobs_on[job.host].discard(id)
+
+    def jobs_of(self, key: FormationKey) -> Collection[Job]:
+        return self._jobs_of[key].values() if key in self._jobs_of else ()
+
+    def jobs_on(self, host: HostID) -> list[Job]:
+        return [self.jobs[id] for id in self._jobs_on.get(host, ())]
+
+    def put_volume(self, volume: Volume) -> None:
+        before = self.volumes.get(volume.id)
+        if before is not None and before.job is not None:
+            self._volumes_used[before.job].discard(volume.id)
+        if volume.job is not None:
+            self._volumes_used[volume.job].add(volume.id)
+        self.volumes[volume.id] = volume
+        self._volumes_of[volume.app, volume.release, volume.type][volume.id] = volume
+
+    def drop_volume(self, id: VolumeID) -> None:
+        volume = self.volumes.pop(id)
+        self._volumes_of[volume.app, volume.release, volume.type].pop(id, None)
+        if volume.job is not None:
+            self._volumes_used[volume.job].discard(id)
+
+    def volumes_of(self, key: FormationKey, type: str) -> list[Volume]:
+        return list(self._volumes_of.get((key.app, key.release, type), {}).values())
+
+    def volumes_used(self, job: JobID) -> list[Volume]:
+        return [self.volumes[id] for id in self._volumes_used.get(job, ())]
+
+    def app_runs_elsewhere(self, key: FormationKey) -> bool:
+        """Whether another release of the app has jobs on hosts."""
+        return any(
+            job.state.on_host
+            for other in self.formations
+            if other.app == key.app and other != key
+            for job in self.jobs_of(other)
+        )
+
+    def prune(self, now: datetime) -> None:
+        """Forget jobs that ended long ago, and formations that want nothing and have nothing."""
+        old = [
+            job.id
+            for job in self.jobs.values()
+            if job.state is JobState.STOPPED and (job.touched_at or job.created_at) < now - KEEP_STOPPED
+        ]
+        for id in old:
+            self.drop_job(id)
+            self._volumes_used.pop(id, None)
+        for key in [key for key, jobs in self._jobs_of.items() if not jobs]:
+            del self._jobs_of[key]
+        for volume in [v for v in self.volumes.values() if v.state is VolumeState.DESTROYED]:
+            self.drop_volume(volume.id)
+        self._forget(key for key, formation in self.formations.items() if not formation.active)
+
+    def _forget(self, idle: Iterable[FormationKey]) -> None:
+        for key in list(idle):
+            if not self._jobs_of.get(key) and self.formations[key].scale_request is None:
+                del self.formations[key]
