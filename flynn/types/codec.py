@@ -46,7 +46,13 @@ if TYPE_CHECKING:
         __struct_fields__: tuple[str, ...]
 else:
 
-    class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    class _KeywordOnly(type(msgspec.Struct)):
+        """msgspec does not hand `kw_only` on to subclasses; required fields may follow optional ones in ours."""
+
+        def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> type:
+            return super().__new__(mcls, name, bases, namespace, **{"kw_only": True, **options})
+
+    class Wire(msgspec.Struct, metaclass=_KeywordOnly, frozen=True, omit_defaults=True):
         """A record that crosses the wire. Immutable; `replace` makes changed copies."""
 
 
