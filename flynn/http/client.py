@@ -270,6 +270,11 @@ class HttpClient:
 
             yield response.headers, chunks()
 
+    async def head(self, path: str, *, params: Mapping[str, str] | None = None) -> Mapping[str, str]:
+        """The headers that GET would answer with."""
+        async with self._request("HEAD", path, {"Accept": "*/*"}, None, params, self._timeout) as response:
+            return response.headers
+
     async def upload(
         self,
         path: str,
