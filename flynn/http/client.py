@@ -86,6 +86,7 @@ class HttpClient:
         timeout: float = 30.0,
         retry: Retry | None = None,
         headers: Mapping[str, str] | None = None,
+        host_header: str = "",
     ) -> None:
         """
         Args:
@@ -93,13 +94,14 @@ class HttpClient:
             connect_to: `host:port` to connect to instead of what the URL's name resolves to.
             timeout: seconds for a whole plain call, connecting included. Streams only limit silence.
             retry: None = every call is tried once.
+            host_header: the site to ask for, when it is not the URL's.
         """
         split = urlsplit(base_url)
-        self._host = split.netloc
+        self._host = host_header or split.netloc
         self._name = server_name or (split.hostname if connect_to else None)
         self.base_url = f"{split.scheme}://{connect_to or split.netloc}{split.path.rstrip('/')}"
         self._headers = {"Accept": "application/json", **(headers or {})}
-        if connect_to:
+        if connect_to or host_header:
             self._headers["Host"] = self._host
         if auth is not None:
             self._headers["Authorization"] = auth.header()
@@ -450,6 +452,8 @@ def _reason(error: BaseException) -> str:
 def _refusal(status: int, body: bytes) -> ApiError:
     try:
         document = decode(body, dict[str, Any])
+        if "code" not in document:
+            return from_wire(status, "", body.decode("utf-8", "replace"), None, False)
         return from_wire(
             status,
             str(document.get("code", "")),
