@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flynn.images import machine as machines
 from flynn.images import recipe as recipes
-from flynn.images.layers import CA_IN_IMAGE, Job, tree_of
+from flynn.images.files import input_files
+from flynn.images.layers import CA_IN_IMAGE, FilesChanged, Job, LayerError, tree_of
 from flynn.images.machine import Machine
 from flynn.images.plan import InputFile, Inputs, Plan, PlannedLayer, artifact, manifest, plan
 from flynn.images.recipe import Code, Debian, Files, Packages, Python, Recipes, Staged
@@ -23,6 +23,7 @@ from flynn.types.codec import encode_indented
 
 # The code layer is made at every change and is small: packing it fast matters more than its size.
 QUICK_LEVEL, THOROUGH_LEVEL = 3, 15
+ATTEMPTS = 5  # somebody may be editing while the files are hashed and copied, which takes a tenth of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,22 @@ def build(
 
     Raises:
         RecipeError, LayerError, StepFailed
+        FilesChanged: the sources did not hold still during any of the attempts
     """
     known = recipes.read(repository / "images")
     machine = machines.find()
     project = Project.read(repository / "pyproject.toml", _extras(known))
     store = Store(cache.absolute())
     with store.locked():
-        planned = plan(known, names, _inputs(known, project, machine, repository))
-        layers = _make_missing(planned, store, repository, project, machine, say)
+        for attempt in range(1, ATTEMPTS + 1):
+            planned = plan(known, names, _inputs(known, project, machine, repository))
+            try:
+                layers = _make_missing(planned, store, repository, project, machine, say)
+                break
+            except FilesChanged as change:
+                if attempt == ATTEMPTS:
+                    raise
+                say(f"{change}: planning again")
         out.mkdir(parents=True, exist_ok=True)
         for image in planned.images:
             content = manifest(image, layers)
@@ -85,6 +94,8 @@ def _make_missing(
             layers[layer.id] = built
     if not missing:
         return layers
+    if os.geteuid() != 0:
+        raise LayerError(f"only root can build layers, and {missing[0].recipe.name} is not in the cache")
     private_mounts()
     work = store.root / "work"
     remove_tree(work)  # left by a build that was killed
@@ -98,6 +109,7 @@ def _make_missing(
             log = logs / f"{layer.recipe.name}.log"
             log.unlink(missing_ok=True)
             job = Job(
+                files=layer.files,
                 below=[store.squashfs(id_) for id_ in layer.below],
                 work=work / "layer",
                 log=log,
@@ -129,10 +141,10 @@ def _inputs(known: Recipes, project: Project, machine: Machine, repository: Path
     for layer in known.layers.values():
         match layer:
             case Code():
-                files[layer.name] = tuple(_input_files(repository / "flynn", "flynn"))
+                files[layer.name] = tuple(input_files(repository / "flynn", "flynn"))
             case Files():
                 files[layer.name] = tuple(
-                    file for source in layer.copy for file in _input_files(repository / source, source)
+                    file for source in layer.copy for file in input_files(repository / source, source)
                 )
             case _:
                 pass
@@ -143,18 +155,3 @@ def _inputs(known: Recipes, project: Project, machine: Machine, repository: Path
         machine=machine.fingerprint(),
         entrypoint_env=machine.environment(CA_IN_IMAGE),
     )
-
-
-def _input_files(path: Path, name: str) -> Iterator[InputFile]:
-    if path.is_file():
-        yield _input_file(path, name)
-    for directory, names, found in os.walk(path):
-        names[:] = sorted(set(names) - {"__pycache__"})
-        for file in sorted(found):
-            inside = Path(directory, file)
-            yield _input_file(inside, f"{name}/{inside.relative_to(path)}")
-
-
-def _input_file(path: Path, name: str) -> InputFile:
-    content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
-    return InputFile(name, len(content), hashlib.new("sha512_256", content).hexdigest(), os.access(path, os.X_OK))

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flynn.images import machine as machines
+from flynn.images.files import copy_files, input_files
 from flynn.images.machine import Machine
+from flynn.images.plan import InputFile
 from flynn.images.recipe import Code, Debian, Files, LayerRecipe, Packages, Python, Staged
 from flynn.images.recipe import Machine as MachineRecipe
 from flynn.images.workshop import (
     Chroot,
-    copy_tree,
     furnished,
     layers_mounted,
     mounted,
@@ -40,10 +41,15 @@ class LayerError(Exception):
     """A layer that cannot be made on this machine."""
 
 
+class FilesChanged(Exception):
+    """A file is not what it was when the layer's id was computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One layer to make: where its parts are and where its tree may be put."""
 
+    files: Sequence[InputFile]  # what goes in, as planned
     below: Sequence[Path]  # squashfs files of the layers it is built on, bottom first
     work: Path  # empty directory of its own
     log: Path
@@ -194,7 +200,7 @@ def code(job: Job, lower: Sequence[Path]) -> Path:
     """The package as sources and bytecode that is never checked against them: nothing in it tells the time."""
     tree = job.work / "tree"
     site = tree / SITE_PACKAGES.lstrip("/")
-    copy_tree(job.repository / "flynn", site / "flynn")
+    _copy_planned(job, {"flynn": site / "flynn"})
     info = site / f"flynn-{job.version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flynn\nVersion: {job.version}\n")
@@ -220,13 +226,21 @@ def files(recipe: Files, job: Job) -> Path:
     tree.mkdir()
     for directory in recipe.directories:
         (tree / directory.lstrip("/")).mkdir(parents=True, exist_ok=True)
-    for source, target in recipe.copy.items():
-        copy_tree(job.repository / source, tree / target.lstrip("/"))
+    _copy_planned(job, {source: tree / target.lstrip("/") for source, target in recipe.copy.items()})
     for link, target in recipe.links.items():
         path = tree / link.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target)
     return tree
+
+
+def _copy_planned(job: Job, copies: Mapping[str, Path]) -> None:
+    """Copy from the repository and check that what came is what the layer's id was computed from."""
+    for source, target in copies.items():
+        copy_files(job.repository / source, target)
+    copied = {file for source, target in copies.items() for file in input_files(target, source)}
+    if copied != set(job.files):
+        raise FilesChanged(f"{min(copied ^ set(job.files)).path} has changed during the build")
 
 
 def machine(job: Job) -> Path:

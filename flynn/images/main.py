@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from flynn.images import build as building
-from flynn.images.layers import LayerError
+from flynn.images.layers import FilesChanged, LayerError
 from flynn.images.recipe import RecipeError
 from flynn.images.workshop import StepFailed
 
@@ -29,7 +29,7 @@ def build(names: tuple[str, ...], repository: Path, cache: Path, out: Path) -> N
     """Build the named images, or all of them; what the cache holds is not made again."""
     try:
         building.build(repository.absolute(), names, cache=cache, out=out, say=lambda line: click.echo(line, err=True))
-    except (RecipeError, LayerError, StepFailed, PermissionError) as error:
+    except (RecipeError, LayerError, FilesChanged, StepFailed) as error:
         click.echo(f"flynn-images: {error}", err=True)
         sys.exit(1)
 

@@ -69,6 +69,7 @@ class PlannedLayer:
     id: str
     recipe: LayerRecipe
     below: tuple[str, ...]  # ids of the layers it is built on, bottom first
+    files: tuple[InputFile, ...] = ()  # what goes in
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def plan(recipes: Recipes, wanted: Iterable[str], inputs: Inputs) -> Plan:
         for layer_name in image.layers:
             recipe = recipes.layers[layer_name]
             below = _built_on(recipe, tuple(system))
-            layer = PlannedLayer(layer_id(recipe, below, inputs), recipe, below)
+            layer = PlannedLayer(layer_id(recipe, below, inputs), recipe, below, inputs.files.get(recipe.name, ()))
             layers.setdefault(layer.id, layer)
             ids.append(layer.id)
             if isinstance(recipe, Debian | Packages):

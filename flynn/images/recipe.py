@@ -29,14 +29,14 @@ class _Layer(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid
     name: str = ""  # the file's name, filled in by `read`
 
 
-class Debian(_Layer, tag="debian"):
+class Debian(_Layer, frozen=True, tag="debian"):
     """A minimal Debian made by mmdebstrap: the bottom of every image."""
 
     suite: str
     packages: list[str] = []
 
 
-class Packages(_Layer, tag="packages"):
+class Packages(_Layer, frozen=True, tag="packages"):
     """Debian packages on top of the system layers below, then a script run by `bash -eu` in the same root."""
 
     apt: list[str] = []
@@ -44,7 +44,7 @@ class Packages(_Layer, tag="packages"):
     run: str = ""  # script that runs after
 
 
-class Staged(_Layer, tag="staged"):
+class Staged(_Layer, frozen=True, tag="staged"):
     """What a script makes with tools that are not kept: only the trees in `keep` go into the layer."""
 
     tools: list[str]  # Debian packages, installed below the layer and thrown away with it
@@ -52,7 +52,7 @@ class Staged(_Layer, tag="staged"):
     keep: list[str]
 
 
-class Python(_Layer, tag="python"):
+class Python(_Layer, frozen=True, tag="python"):
     """The dependencies of the `flynn` distribution, installed into a virtual environment of the image's own Python."""
 
     tools: list[str]  # Debian packages needed to compile wheels; thrown away
@@ -60,11 +60,11 @@ class Python(_Layer, tag="python"):
     remove: list[str] = []  # globs below site-packages that no daemon needs
 
 
-class Code(_Layer, tag="code"):
+class Code(_Layer, frozen=True, tag="code"):
     """The `flynn` package itself with its console scripts. Always the last and smallest layer of an image."""
 
 
-class Files(_Layer, tag="files"):
+class Files(_Layer, frozen=True, tag="files"):
     """Files of this repository copied as they are, empty directories and symbolic links."""
 
     copy: dict[str, str] = {}  # path in the repository (file or tree) -> absolute path in the image
@@ -72,7 +72,7 @@ class Files(_Layer, tag="files"):
     directories: list[str] = []
 
 
-class Machine(_Layer, tag="machine"):
+class Machine(_Layer, frozen=True, tag="machine"):
     """The build machine's CA bundle and package index settings, for images in which users' builds run."""
 
 

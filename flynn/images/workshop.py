@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -179,12 +178,3 @@ def remove_tree(path: Path) -> None:
     """Remove a work directory. Mounts are gone by then; `rm --one-file-system` would stop at one that is not."""
     if path.exists():
         subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=True)
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy a tree or file with modes and links, but without owners: all of an image belongs to root."""
-    if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
