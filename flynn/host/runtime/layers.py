@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from flynn.host.runtime import loop
+
+_ALGORITHMS = {"sha256": "sha256", "sha512": "sha512", "sha512_256": "sha512_256"}
+_CHUNK = 1 << 20
 
 
 class LayerError(Exception):
@@ -17,26 +25,59 @@ class LayerMounts:
     """
 
     def __init__(self, directory: Path) -> None:
-        raise NotImplementedError
+        self._mounts = directory.absolute() / "mnt"
+        self._users: defaultdict[str, set[str]] = defaultdict(set)  # layer id -> users
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one (un)mount of a layer at a time
+        self._mounted = {path.name for path in loop.mount_points(self._mounts)}
 
     async def acquire(self, layer: str, image: Path, user: str) -> Path:
         """Mount `image` (a squashfs file) read-only unless it is already; return the directory for RootFS.lower.
 
         `user` is the job id. Safe to call concurrently and repeatedly.
         """
-        raise NotImplementedError
+        self._users[layer].add(user)
+        target = self._mounts / layer
+        async with self._turns[layer]:
+            if layer not in self._mounted:
+                try:
+                    await asyncio.to_thread(_mount, image, target)
+                except OSError as error:
+                    self._users[layer].discard(user)
+                    raise LayerError(f"cannot mount layer {layer}: {error}") from error
+                self._mounted.add(layer)
+        return target
 
     async def release(self, user: str) -> None:
         """Drop all uses of one user; layers without any other are unmounted. Idempotent."""
-        raise NotImplementedError
+        for layer in [layer for layer, users in self._users.items() if user in users]:
+            self._users[layer].discard(user)
+            await self._unmount_unused(layer)
 
     def adopt(self, user: str, lower: Collection[str]) -> None:
         """Count the layers of a container of an earlier daemon: pass `spec.rootfs.lower`."""
-        raise NotImplementedError
+        for path in map(Path, lower):
+            if path.parent == self._mounts:
+                self._users[path.name].add(user)
 
     async def collect(self) -> list[str]:
         """Unmount all layers nobody uses (leftovers of an earlier daemon); return their ids."""
-        raise NotImplementedError
+        unused = [layer for layer in sorted(self._mounted) if not self._users[layer]]
+        for layer in unused:
+            await self._unmount_unused(layer)
+        return unused
+
+    async def _unmount_unused(self, layer: str) -> None:
+        async with self._turns[layer]:
+            if self._users[layer] or layer not in self._mounted:
+                return
+            await asyncio.to_thread(loop.unmount, self._mounts / layer)
+            self._mounted.discard(layer)
+            (self._mounts / layer).rmdir()
+
+
+def _mount(image: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    loop.mount_image(image, target, "squashfs", read_only=True)
 
 
 def verify(path: Path, hashes: Mapping[str, str], length: int) -> None:
@@ -44,4 +85,18 @@ def verify(path: Path, hashes: Mapping[str, str], length: int) -> None:
 
     Raises LayerError, also when no known hash is given.
     """
-    raise NotImplementedError
+    wanted = {name: value.lower() for name, value in hashes.items() if name in _ALGORITHMS}
+    if not wanted:
+        raise LayerError("no known hash is given")
+    running = {name: hashlib.new(_ALGORITHMS[name]) for name in wanted}
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            for digest in running.values():
+                digest.update(chunk)
+    if size != length:
+        raise LayerError(f"{path.name} has {size} bytes, expected {length}")
+    for name, digest in running.items():
+        if digest.hexdigest() != wanted[name]:
+            raise LayerError(f"{path.name} has {name} {digest.hexdigest()}, expected {wanted[name]}")

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections import defaultdict, deque
 from pathlib import Path
 
+from flynn.host.runtime import loop
+
 DEFAULT_BYTES = 100 << 20
+_MINIMUM_BYTES = 8 << 20  # below, ext4 has hardly room for itself
+_SIZES_KEPT = 4  # so many sizes wanted lately are kept ready
+#: No journal and no reserved blocks: the content is thrown away with the job, a crash of the machine included.
+_FORMAT = ("mkfs.ext4", "-q", "-F", "-m0", "-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard")
+
+
+class ScratchError(Exception):
+    """No write layer could be made: disk full, no mkfs.ext4, no loop device."""
 
 
 class ScratchPool:
@@ -20,32 +36,111 @@ class ScratchPool:
     """
 
     def __init__(self, directory: Path, *, ready: int = 2) -> None:
-        raise NotImplementedError
+        self._directory = directory.absolute()
+        self._wanted = ready
+        self._ready: defaultdict[int, deque[Path]] = defaultdict(deque)
+        self._sizes: deque[int] = deque([DEFAULT_BYTES], maxlen=_SIZES_KEPT)  # most recently wanted first
+        self._used: set[Path] = set()
+        self._making: set[Path] = set()
+        self._short = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
 
     async def take(self, size_bytes: int = DEFAULT_BYTES) -> Path:
-        """Return an empty mounted directory that holds at most about `size_bytes`."""
-        raise NotImplementedError
+        """Return an empty mounted directory that holds at most about `size_bytes`.
+
+        Raises ScratchError.
+        """
+        size = max(size_bytes, _MINIMUM_BYTES)
+        if size != self._sizes[0]:
+            with contextlib.suppress(ValueError):
+                self._sizes.remove(size)
+            self._sizes.appendleft(size)
+        path = self._ready[size].popleft() if self._ready[size] else await self._make(size)
+        self._used.add(path)
+        self._short.set()
+        return path
 
     async def release(self, path: Path) -> None:
         """Unmount and delete. Idempotent; also for paths of an earlier daemon."""
-        raise NotImplementedError
+        if path.parent.parent == self._directory:
+            await asyncio.to_thread(_remove, path)
+        self._used.discard(path)
 
     def adopt(self, path: Path) -> None:
         """Keep this one: a container of an earlier daemon writes to it (`spec.rootfs.writable`)."""
-        raise NotImplementedError
+        self._used.add(path)
 
     async def collect(self) -> None:
         """Delete all that nobody took or adopted."""
-        raise NotImplementedError
+        keep = self._used | self._making | {path for paths in self._ready.values() for path in paths}
+        await asyncio.to_thread(_remove_all_but, self._directory, {path.parent for path in keep})
 
     async def __aenter__(self) -> ScratchPool:
-        raise NotImplementedError
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        self._refiller = self._tasks.create_task(self._refill(), name="refill scratch pool")
+        self._short.set()
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop refilling and delete what is ready but unused; what is in use stays mounted."""
-        raise NotImplementedError
+        assert self._tasks is not None
+        self._refiller.cancel()
+        await self._tasks.__aexit__(None, None, None)
+        for paths in self._ready.values():
+            while paths:
+                await asyncio.to_thread(_remove, paths.pop())
+
+    async def _refill(self) -> None:
+        while True:
+            await self._short.wait()
+            self._short.clear()
+            for size in list(self._sizes):
+                while len(self._ready[size]) < self._wanted:
+                    try:
+                        self._ready[size].append(await self._make(size))
+                    except ScratchError:  # whoever takes next gets the error itself; try again when someone does
+                        break
+            for size in set(self._ready) - set(self._sizes):
+                for path in self._ready.pop(size):
+                    await asyncio.to_thread(_remove, path)
+
+    async def _make(self, size: int) -> Path:
+        path = self._directory / uuid.uuid4().hex[:16] / "fs"
+        self._making.add(path)
+        try:
+            # Shielded: a thread cannot be stopped, and a half-made one is found by the next collect.
+            await asyncio.shield(asyncio.to_thread(_make, path, size))
+        except (OSError, subprocess.CalledProcessError) as error:
+            await asyncio.to_thread(_remove, path)
+            raise ScratchError(f"cannot make a write layer of {size} bytes: {error}") from error
+        finally:
+            self._making.discard(path)
+        return path
 
 
-def used(paths: Collection[str | None]) -> list[Path]:
-    """The scratch directories among `spec.rootfs.writable` values."""
-    return [Path(path) for path in paths if path]
+def _make(path: Path, size: int) -> None:
+    path.mkdir(parents=True)
+    image = path.parent / "image"
+    fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
+    subprocess.run([*_FORMAT, str(image)], check=True, stdout=subprocess.DEVNULL, timeout=60)
+    loop.mount_image(image, path, "ext4", read_only=False)
+    (path / "lost+found").rmdir()
+
+
+def _remove(path: Path) -> None:
+    loop.unmount(path)
+    shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _remove_all_but(directory: Path, keep: set[Path]) -> None:
+    for path in loop.mount_points(directory):
+        if path.parent not in keep:
+            loop.unmount(path)
+    with contextlib.suppress(FileNotFoundError):
+        for entry in directory.iterdir():
+            if entry not in keep and not os.path.ismount(entry / "fs"):
+                shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""The container's file system, as init builds it inside its own mount namespace. Nothing here outlives the container.
+
+Everything taken from the host is opened before `pivot_root` (as detached mounts) and attached afterwards: so the kernel
+resolves all targets inside the container's root, whatever symbolic links an image contains.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from flynn.host.runtime import kernel
+from flynn.host.runtime.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
+from flynn.host.runtime.plan import Plan
+
+#: Not for containers to see: hidden by /dev/null or an empty directory.
+MASKED = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+DEV_LINKS = (
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+)
+
+
+def build(plan: Plan) -> None:
+    """Make the container's root the root of this process. Runs in the new mount (and pid, net) namespaces."""
+    kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
+    binds = [_open_bind(source, writable) for _, source, writable, fstype, _, _ in plan.mounts if not fstype]
+    views = [_open_bind(directory, plan.cgroups_writable) for _, directory in plan.cgroup_views]
+    resolv_conf = _open_bind(f"{plan.directory}/resolv.conf", False) if plan.resolv_conf else None
+    _enter_root(plan)
+    _mount_system(plan)
+    _mount_cgroups(plan, views)
+    _protect_proc()
+    if resolv_conf is not None:
+        _attach_over_file(resolv_conf, "/etc/resolv.conf")
+    if plan.hosts is not None:
+        _write_file("/etc/hosts", plan.hosts)
+    if plan.hostname and plan.writable:
+        _write_file("/etc/hostname", plan.hostname + "\n")
+    for target, source, _, fstype, options, flags in plan.mounts:
+        if fstype:
+            os.makedirs(target, exist_ok=True)
+            kernel.mount(source, target, fstype, flags, options)
+        else:
+            _attach(binds.pop(0), target)
+
+
+def _open_bind(source: str, writable: bool) -> int:
+    fd = kernel.clone_mount(source)
+    if not writable:
+        kernel.make_read_only(fd)
+    return fd
+
+
+def _enter_root(plan: Plan) -> None:
+    root = f"{plan.directory}/rootfs"
+    os.makedirs(root, exist_ok=True)
+    # By descriptor, as the option string is limited to a page and layer ids are long.
+    fds = [os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for directory in plan.lower]
+    lower = ":".join(f"/proc/self/fd/{fd}" for fd in fds)
+    if plan.writable is not None:
+        for name in ("upper", "work"):
+            os.makedirs(f"{plan.writable}/{name}", mode=0o755, exist_ok=True)
+            fds.append(os.open(f"{plan.writable}/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        upper = f"upperdir=/proc/self/fd/{fds[-2]},workdir=/proc/self/fd/{fds[-1]}"
+        # volatile: a job's root is thrown away with the job, so an fsync in it need not reach the disk.
+        kernel.mount("overlay", root, "overlay", options=f"lowerdir={lower},{upper},volatile")
+    elif len(plan.lower) == 1:
+        kernel.attach_mount(_open_bind(plan.lower[0], False), root)
+    else:
+        kernel.mount("overlay", root, "overlay", flags=MS_RDONLY, options=f"lowerdir={lower}")
+    for fd in fds:
+        os.close(fd)
+    os.chdir(root)
+    kernel.pivot_root(".", ".")  # the old root is now stacked on the new one, and "." is the old one
+    kernel.umount(".", kernel.MNT_DETACH)
+    os.chdir("/")
+
+
+def _mount_system(plan: Plan) -> None:
+    for directory in ("/proc", "/sys", "/dev"):
+        os.makedirs(directory, exist_ok=True)
+    kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    kernel.mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
+    kernel.mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | kernel.MS_STRICTATIME, "mode=755,size=65536k")
+    for directory in ("/dev/pts", "/dev/shm", "/dev/mqueue"):
+        os.mkdir(directory, 0o755)
+    kernel.mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+    shm = f"mode=1777,size={plan.shm_bytes}"
+    kernel.mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, shm)
+    kernel.mount("mqueue", "/dev/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for target, link in DEV_LINKS:
+        os.symlink(target, link)
+    for path, block, major, minor, mode, uid, gid in plan.devices:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mknod(path, mode | (stat.S_IFBLK if block else stat.S_IFCHR), os.makedev(major, minor))
+        os.chmod(path, mode)  # mknod heeds the umask
+        os.chown(path, uid, gid)
+
+
+def _mount_cgroups(plan: Plan, views: list[int]) -> None:
+    """v1: a directory per controller; v2: the container's group is the whole tree."""
+    if plan.cgroup_views and plan.cgroup_views[0][0] == "":
+        return kernel.attach_mount(views[0], "/sys/fs/cgroup")
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    kernel.mount("tmpfs", "/sys/fs/cgroup", "tmpfs", flags, "mode=755")
+    for (name, _), fd in zip(plan.cgroup_views, views, strict=True):
+        os.mkdir(f"/sys/fs/cgroup/{name}")
+        kernel.attach_mount(fd, f"/sys/fs/cgroup/{name}")
+        os.close(fd)
+    if not plan.cgroups_writable:
+        kernel.mount("", "/sys/fs/cgroup", flags=flags | kernel.MS_REMOUNT | kernel.MS_BIND | MS_RDONLY)
+    return None
+
+
+def _protect_proc() -> None:
+    for path in READ_ONLY:
+        if os.path.lexists(path):
+            fd = _open_bind(path, False)
+            kernel.attach_mount(fd, path)
+            os.close(fd)
+    for path in MASKED:
+        if os.path.isdir(path):
+            kernel.mount("tmpfs", path, "tmpfs", MS_RDONLY, "size=0k")
+        elif os.path.lexists(path):
+            kernel.mount("/dev/null", path, flags=kernel.MS_BIND)
+
+
+def _attach(fd: int, target: str) -> None:
+    """Attach a detached mount, of a file or a directory, making what is missing of its target."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.makedirs(target, exist_ok=True)
+        kernel.attach_mount(fd, target)
+        os.close(fd)
+    else:
+        _attach_over_file(fd, target)
+
+
+def _attach_over_file(fd: int, target: str) -> None:
+    os.makedirs(os.path.dirname(target) or "/", exist_ok=True)
+    if not os.path.exists(target):
+        if os.path.islink(target):  # dangling, as resolv.conf of images made on systemd machines
+            os.unlink(target)
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    kernel.attach_mount(fd, target)
+    os.close(fd)
+
+
+def _write_file(path: str, text: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.islink(path):
+        os.unlink(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
