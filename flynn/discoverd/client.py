@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from datetime import timedelta
 from typing import Self, TypeVar
@@ -164,13 +164,13 @@ class Discoverd:
             except ApiError as error:
                 log.warning("could not deregister", extra={"service": service, "error": error})
 
-    async def watch(self, service: str) -> AsyncIterator[DiscoverdEvent]:
+    async def watch(self, service: str) -> AsyncGenerator[DiscoverdEvent, None]:
         replay = Replay(service)
         delays = RECONNECT.delays()
         while True:
             try:
                 http = self._endpoints[self._preferred]
-                async with aclosing(http.events(f"/services/{service}", DiscoverdEvent)) as events:
+                async with http.subscribed(f"/services/{service}", DiscoverdEvent) as events:
                     async for event in events:
                         delays = RECONNECT.delays()
                         for news in replay.feed(event):
@@ -183,7 +183,7 @@ class Discoverd:
             self._next_endpoint(http)
             await asyncio.sleep(next(delays))
 
-    async def watch_leader(self, service: str) -> AsyncIterator[Instance | None]:
+    async def watch_leader(self, service: str) -> AsyncGenerator[Instance | None, None]:
         async with aclosing(self.watch(service)) as events:
             async for leader in leaders(events):
                 yield leader

@@ -6,8 +6,8 @@ Nothing expires here. Everything a real cluster does to a watcher except losing 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from flynn.aio.broadcast import Broadcast
@@ -92,7 +92,7 @@ class MemoryRegistry:
         finally:
             await self.deregister(service, instance.id)
 
-    async def watch(self, service: str) -> AsyncIterator[DiscoverdEvent]:
+    async def watch(self, service: str) -> AsyncGenerator[DiscoverdEvent, None]:
         view = View()
         # In one process a reader that falls behind can only be a test that forgot one, so there is hardly a bound.
         async with self._changes[service].subscribe(100_000) as changes:
@@ -105,9 +105,10 @@ class MemoryRegistry:
                 if view.apply(event):
                     yield event
 
-    async def watch_leader(self, service: str) -> AsyncIterator[Instance | None]:
-        async for leader in leaders(self.watch(service)):
-            yield leader
+    async def watch_leader(self, service: str) -> AsyncGenerator[Instance | None, None]:
+        async with aclosing(self.watch(service)) as events:
+            async for leader in leaders(events):
+                yield leader
 
     def _apply(self, command: store.Command) -> None:
         index = self.state.index + 1

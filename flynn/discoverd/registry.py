@@ -6,7 +6,7 @@ whatever runs before there is a cluster. Both pass the same contract tests (test
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -65,12 +65,12 @@ class Registry(Protocol):
         process may hold many of these at the same time.
         """
 
-    def watch(self, service: str) -> AsyncIterator[DiscoverdEvent]:
+    def watch(self, service: str) -> AsyncGenerator[DiscoverdEvent, None]:
         """What is there, then `current` (once), then every change, for ever.
 
         The service need not exist. A lost connection is restored in the background and only differences are told, so
         the events always add up to the truth: `down` comes for what vanished meanwhile.
         """
 
-    def watch_leader(self, service: str) -> AsyncIterator[Instance | None]:
+    def watch_leader(self, service: str) -> AsyncGenerator[Instance | None, None]:
         """The leader now (None: there is none), then each one that follows."""

@@ -1,0 +1,238 @@
+"""The HTTP surface of discoverd: paths, answers and streams as spec/discoverd sections 3 and 4 have them.
+
+Reads and streams are answered by every member from its own state. Writes are for the leader: another member sends the
+caller there (307), or says 503 "try again" while nobody leads.
+
+Deviations, on purpose: who speaks here is known (certificate, or the host's key on loopback), so there is no open mode;
+bad or empty JSON is always 400; the header pairs that old clients send and read are both written; removing a service
+ends its heartbeats with 404.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flynn.discoverd.directory import LiveDirectory
+from flynn.discoverd.membership import http_address, raft_address
+from flynn.http.server import Api, EventStream, Raw, Request
+from flynn.identity import INSIDERS, access
+from flynn.types.codec import Wire, always
+from flynn.types.errors import NotFound, ServiceUnavailable
+from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceConfig, ServiceMeta
+from flynn.types.status import Health, Status
+from flynn.version import VERSION
+
+ADMINS = access("operator", "host", "app:discoverd")
+
+INSTANCE_EVENTS = frozenset({EventKind.UP, EventKind.UPDATE, EventKind.DOWN})
+LEADER_EVENTS = frozenset({EventKind.LEADER})
+ALL_EVENTS = frozenset(EventKind)
+
+
+class LeaderChoice(Wire):
+    """An instance, of which only the id counts."""
+
+    id: str = ""
+
+
+class RaftLeader(Wire):
+    host: str
+
+
+class TargetIndex(Wire):
+    last_index: int = always(0)
+
+
+class ServiceSummary(Wire):
+    leader_type: str
+    instances: int = always(0)
+    leader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoverdApi:
+    directory: LiveDirectory
+    address: str  # own advertised `ip:port`
+    shut_down: Callable[[], None]
+
+    def build(self) -> Api:
+        api = Api("discoverd", status=self._status, headers=self._headers)
+        read = [
+            ("GET", "/services", self._services),
+            ("GET", "/services/{service}", self._events),
+            ("GET", "/services/{service}/meta", self._get_meta),
+            ("GET", "/services/{service}/instances", self._instances),
+            ("GET", "/services/{service}/leader", self._leader),
+            ("GET", "/raft/leader", self._raft_leader),
+            ("GET", "/raft/peers", self._raft_peers),
+        ]
+        write = [
+            ("PUT", "/services/{service}", self._create),
+            ("DELETE", "/services/{service}", self._remove),
+            ("PUT", "/services/{service}/meta", self._put_meta),
+            ("PUT", "/services/{service}/instances/{id}", self._put_instance),
+            ("DELETE", "/services/{service}/instances/{id}", self._remove_instance),
+            ("PUT", "/services/{service}/leader", self._choose_leader),
+        ]
+        membership = [
+            ("PUT", "/raft/peers/{peer:.*}", self._add_peer),
+            ("DELETE", "/raft/peers/{peer:.*}", self._remove_peer),
+        ]
+        for method, path, handler in read:
+            api.route(method, path, handler, allow=INSIDERS)
+        for method, path, handler in write:
+            api.route(method, path, self._at_leader(handler), allow=INSIDERS)
+        for method, path, handler in membership:
+            api.route(method, path, self._at_leader(handler), allow=ADMINS)
+        api.route("POST", "/raft/promote", self._promote, allow=ADMINS)
+        api.route("POST", "/shutdown", self._shutdown, allow=ADMINS)
+        return api
+
+    # Services.
+
+    async def _services(self, request: Request) -> dict[str, ServiceSummary]:
+        return {
+            name: ServiceSummary(
+                leader_type=service.leader_type,
+                instances=len(service.instances),
+                leader=service.leader.id if service.leader else "",
+            )
+            for name, service in sorted(self.directory.state.services.items())
+        }
+
+    async def _create(self, request: Request) -> None:
+        config = await request.body(ServiceConfig | None) or ServiceConfig()  # type: ignore[arg-type]  # a union is no class
+        await self.directory.create_service(request.path("service"), config.leader_type)
+
+    async def _remove(self, request: Request) -> None:
+        await self.directory.remove_service(request.path("service"))
+
+    async def _get_meta(self, request: Request) -> ServiceMeta:
+        service = self.directory.service(request.path("service"))
+        if service is None or service.meta is None:
+            raise NotFound("service meta not found")
+        return service.meta
+
+    async def _put_meta(self, request: Request) -> ServiceMeta:
+        return await self.directory.put_meta(request.path("service"), await request.body(ServiceMeta))
+
+    async def _instances(self, request: Request) -> list[Instance] | EventStream:
+        name = request.path("service")
+        if request.accepts_events:
+            return self._stream(name, INSTANCE_EVENTS)
+        service = self.directory.service(name)
+        if service is None or not service.instances:
+            raise NotFound("no instances found")
+        return service.sorted_instances
+
+    async def _put_instance(self, request: Request) -> None:
+        instance = await request.body(Instance, any_content_type=True)
+        await self.directory.put_instance(request.path("service"), instance)
+
+    async def _remove_instance(self, request: Request) -> None:
+        await self.directory.remove_instance(request.path("service"), request.path("id"))
+
+    async def _leader(self, request: Request) -> Instance | EventStream:
+        name = request.path("service")
+        if request.accepts_events:
+            return self._stream(name, LEADER_EVENTS)
+        service = self.directory.service(name)
+        if service is None or service.leader is None:
+            raise NotFound("no leader found")
+        return service.leader
+
+    async def _choose_leader(self, request: Request) -> None:
+        choice = await request.body(LeaderChoice)
+        await self.directory.choose_leader(request.path("service"), choice.id)
+
+    async def _events(self, request: Request) -> EventStream:
+        return self._stream(request.path("service"), ALL_EVENTS)
+
+    def _stream(self, name: str, kinds: Collection[EventKind]) -> EventStream:
+        return EventStream(_only(kinds, self.directory.watch(name)))
+
+    # The cluster of discoverds.
+
+    async def _raft_leader(self, request: Request) -> RaftLeader:
+        leader = self.directory.raft.leader
+        if leader is None:
+            raise ServiceUnavailable("there is no leader")
+        return RaftLeader(host=http_address(leader))
+
+    async def _raft_peers(self, request: Request) -> list[str]:
+        return self.members
+
+    async def _add_peer(self, request: Request) -> TargetIndex:
+        peer = raft_address(request.path("peer"))
+        if peer not in self.directory.raft.members:
+            await self.directory.raft.add_member(peer)
+        return TargetIndex(last_index=self.directory.raft.index)
+
+    async def _remove_peer(self, request: Request) -> None:
+        peer = raft_address(request.path("peer"))
+        if peer in self.directory.raft.members:
+            await self.directory.raft.remove_member(peer)
+
+    async def _promote(self, request: Request) -> None:
+        """Whoever runs this code is a member already."""
+
+    async def _shutdown(self, request: Request) -> TargetIndex:
+        self.shut_down()
+        return TargetIndex(last_index=self.directory.raft.index)
+
+    # Around every request.
+
+    @property
+    def members(self) -> list[str]:
+        return [http_address(member) for member in self.directory.raft.members]
+
+    def _at_leader(self, handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
+        async def at_leader(request: Request) -> Any:
+            if self.directory.leading:
+                return await handler(request)
+            leader = self.directory.raft.leader
+            if leader is None or http_address(leader) == self.address:
+                raise ServiceUnavailable("there is no leader at the moment")
+            return _redirect(request, http_address(leader))
+
+        return at_leader
+
+    def _headers(self, request: Request) -> Mapping[str, str]:
+        peers, index = ",".join(self.members), str(self.directory.raft.index)
+        # Servers of the original write the first pair, its clients read the second.
+        return {
+            "Discoverd-Peers": peers,
+            "Discoverd-Index": index,
+            "Discoverd-Current-Peers": peers,
+            "Discoverd-Current-Index": index,
+        }
+
+    async def _status(self) -> Status:
+        raft = self.directory.raft
+        leader = raft.leader
+        return Status(
+            status=Health.HEALTHY if leader else Health.UNHEALTHY,
+            detail={
+                "role": "leader" if raft.is_leader else "follower",
+                "leader": http_address(leader) if leader else None,
+                "members": self.members,
+                "index": raft.index,
+            },
+            version=VERSION,
+        )
+
+
+async def _only(kinds: Collection[EventKind], events: AsyncIterator[DiscoverdEvent]) -> AsyncIterator[DiscoverdEvent]:
+    async for event in events:
+        if event.kind in kinds:
+            yield event
+
+
+def _redirect(request: Request, leader: str) -> Raw:
+    """To the same path on the leader; the port is the one the caller used, as with the original."""
+    host = leader.rpartition(":")[0]
+    port = request.header("Host").rpartition("]")[2].rpartition(":")[2] or leader.rpartition(":")[2]
+    query = f"?{request.query_string}" if request.query_string else ""
+    return Raw(status=307, headers={"Location": f"https://{host}:{port}{request.raw_path}{query}"})

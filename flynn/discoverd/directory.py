@@ -1,0 +1,217 @@
+"""The directory of one running member: the replicated state, who watches it, and who has given a heartbeat.
+
+Writes go through Raft, reads and watches are answered from what has been applied here. This is the shell around
+`store`, `leader` and `expiry`; it owns the two things that are not replicated, watchers and heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+from flynn.aio.broadcast import Broadcast
+from flynn.aio.clock import Clock
+from flynn.aio.supervisor import supervisor
+from flynn.discoverd import expiry, store
+from flynn.discoverd.raft import node as raft
+from flynn.discoverd.view import View, differences
+from flynn.types.errors import ApiError, NotFound, ServiceUnavailable
+from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceMeta
+
+log = logging.getLogger(__name__)
+
+WATCHER_LIMIT = 64  # live events a watcher may be behind; the state it is shown first does not count
+
+Publish = Callable[[store.Directory, Sequence[DiscoverdEvent]], None]
+
+
+class ReplicatedStore:
+    """The state machine that Raft drives, in Raft's thread; every change is published in order."""
+
+    def __init__(self, publish: Publish) -> None:
+        self._publish = publish
+        self._state = store.Directory()
+
+    def apply(self, index: int, command: bytes) -> store.Directory | ApiError:
+        """The state after the command, or why it was refused."""
+        try:
+            applied = store.apply(self._state, index, store.decode_command(command))
+        except ApiError as refusal:
+            self._state = store.skip(self._state, index)
+            self._publish(self._state, ())
+            return refusal
+        self._state = applied.state
+        self._publish(applied.state, applied.events)
+        return applied.state
+
+    def dump(self) -> bytes:
+        return store.encode_state(self._state)
+
+    def restore(self, index: int, state: bytes) -> None:
+        """A member that was sent a snapshot tells its watchers what they missed."""
+        before, self._state = self._state, store.skip(store.decode_state(state), index)
+        names = sorted({*before.services, *self._state.services})
+        news = [event for name in names for event in differences(name, _view(before, name), _view(self._state, name))]
+        self._publish(self._state, news)
+
+
+class LiveDirectory:
+    """Made by `running`."""
+
+    def __init__(self, clock: Clock, ttl: timedelta) -> None:
+        self.state = store.Directory()
+        self.raft: raft.RaftNode
+        self._clock = clock
+        self._ttl = ttl
+        self._changes: dict[str, Broadcast[DiscoverdEvent]] = {}
+        self._heard: dict[expiry.Key, float] = {}
+        self._expiring: set[expiry.Key] = set()
+        self._leading_since: float | None = None
+        self._leadership = asyncio.Event()  # set on every change, for the task that looks after it
+
+    # Reads.
+
+    def service(self, name: str) -> store.Service | None:
+        return self.state.services.get(name)
+
+    async def watch(self, name: str) -> AsyncIterator[DiscoverdEvent]:
+        """The state of a service, `current`, then every change; raises Overflowed when read too slowly."""
+        changes = self._changes.setdefault(name, Broadcast())
+        async with changes.subscribe(WATCHER_LIMIT) as live:
+            # Nothing is awaited between subscribing and looking, so no change is missed and none comes twice.
+            replay = store.snapshot_events(name, self.service(name))
+            for event in (*replay, DiscoverdEvent(service=name, kind=EventKind.CURRENT)):
+                yield event
+            async for event in live:
+                yield event
+
+    # Writes. All of them raise ServiceUnavailable when there is no majority, or on a member that does not lead.
+
+    async def create_service(self, name: str, leader_type: str) -> None:
+        store.check_service_name(name)
+        await self._commit(store.CreateService(name, leader_type))
+
+    async def remove_service(self, name: str) -> None:
+        store.check_service_name(name)
+        await self._commit(store.RemoveService(name))
+
+    async def put_meta(self, name: str, meta: ServiceMeta) -> ServiceMeta:
+        state = await self._commit(store.PutMeta(name, meta))
+        return ServiceMeta(data=meta.data, index=state.index, leader_id=meta.leader_id)
+
+    async def choose_leader(self, name: str, instance_id: str) -> None:
+        await self._commit(store.ChooseLeader(name, instance_id))
+
+    async def put_instance(self, name: str, instance: Instance) -> None:
+        """Register, change, or give a heartbeat: a heartbeat only touches the leader's memory."""
+        store.check_instance(instance)
+        service = self.service(name)
+        if service is None:
+            raise NotFound(f"service {name!r} not found")
+        if self._leading_since is None:
+            raise ServiceUnavailable("this member does not lead (yet)")
+        key = (name, instance.id)
+        known = service.instances.get(instance.id)
+        # A heartbeat that meets its own expiry comes too late: it must go into the log behind it, as a registration.
+        if known is None or key in self._expiring or not store.same_registration(known, instance):
+            await self._commit(store.PutInstance(name, instance))
+        self._heard[key] = self._clock.monotonic()
+
+    async def remove_instance(self, name: str, instance_id: str) -> None:
+        await self._commit(store.RemoveInstance(name, instance_id))
+
+    async def _commit(self, command: store.Command) -> store.Directory:
+        outcome = await self.raft.submit(store.encode_command(command))
+        if isinstance(outcome, ApiError):
+            raise outcome
+        assert isinstance(outcome, store.Directory)
+        return outcome
+
+    # What Raft tells us, in the event loop.
+
+    def publish(self, state: store.Directory, events: Sequence[DiscoverdEvent]) -> None:
+        self.state = state
+        for event in events:
+            if (changes := self._changes.get(event.service)) is not None:
+                changes.send(event)
+
+    def leadership_changed(self, leading: bool) -> None:
+        log.info("leadership changed", extra={"leading": leading})
+        self._leading_since = None
+        self._leadership.set()
+
+    # Tasks.
+
+    async def settle_leadership(self) -> None:
+        """Start to count heartbeats once everything committed before has been applied."""
+        while True:
+            await self._leadership.wait()
+            self._leadership.clear()
+            while self.raft.is_leader and self._leading_since is None:
+                try:
+                    await self.raft.barrier()
+                except raft.NotReplicated:
+                    await asyncio.sleep(0.1)
+                    continue
+                self._heard.clear()
+                self._leading_since = self._clock.monotonic()
+                log.info("leading", extra={"index": self.raft.index, "services": len(self.state.services)})
+
+    async def expire(self) -> None:
+        while True:
+            await self._clock.sleep(expiry.CHECK_EVERY)
+            if self._leading_since is None:
+                continue
+            for name in [name for name, changes in self._changes.items() if not len(changes)]:
+                del self._changes[name]
+            self._heard = expiry.remembered(self.state, self._heard)
+            gone = expiry.overdue(self.state, self._heard, self._leading_since, self._clock.monotonic(), self._ttl)
+            if gone:
+                await self._expire(gone)
+
+    async def _expire(self, gone: list[store.Expired]) -> None:
+        log.info("instances expired", extra={"instances": [f"{one.service}/{one.instance_id}" for one in gone]})
+        self._expiring = {(one.service, one.instance_id) for one in gone}
+        try:
+            await self._commit(store.Expire(gone))
+        except ServiceUnavailable as error:
+            log.warning("could not expire", extra={"error": error})
+        finally:
+            self._expiring = set()
+
+    @property
+    def leading(self) -> bool:
+        """Whether this member is the leader, knows everything committed before it was, and so may take writes."""
+        return self._leading_since is not None and self.raft.is_leader
+
+
+@asynccontextmanager
+async def running(config: raft.RaftConfig, clock: Clock, ttl: timedelta = expiry.TTL) -> AsyncIterator[LiveDirectory]:
+    """Take part in the replicated directory while the block is open."""
+    directory = LiveDirectory(clock, ttl)
+    loop = asyncio.get_running_loop()
+    machine = ReplicatedStore(lambda state, events: _post(loop, directory.publish, state, events))
+    async with raft.running(config, machine, directory.leadership_changed) as node, supervisor() as spawn:
+        directory.raft = node
+        spawn("settle leadership", directory.settle_leadership())
+        spawn("expire instances", directory.expire())
+        yield directory
+
+
+def _post(
+    loop: asyncio.AbstractEventLoop, publish: Publish, state: store.Directory, events: Sequence[DiscoverdEvent]
+) -> None:
+    try:
+        loop.call_soon_threadsafe(publish, state, events)
+    except RuntimeError:
+        return  # The loop is closed: nobody is left to be told.
+
+
+def _view(state: store.Directory, name: str) -> View:
+    service = state.services.get(name)
+    if service is None:
+        return View()
+    return View({one.id: one for one in service.sorted_instances}, service.leader, service.meta)

@@ -1,0 +1,151 @@
+"""The DNS sockets: UDP and TCP on one address. What is answered is decided in `dns`, or asked of `recursion`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import cast
+
+from dnslib import RCODE, DNSRecord
+
+from flynn.aio.clock import Clock
+from flynn.aio.supervisor import TaskSet
+from flynn.discoverd import dns, recursion
+from flynn.discoverd.dns import Transport
+from flynn.discoverd.recursion import Upstream
+from flynn.discoverd.store import Directory
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 512  # recursive queries at a time; more are refused, as every one of them holds a socket
+TCP_FIRST_SECONDS = 2.0
+TCP_IDLE_SECONDS = 8.0
+TCP_QUERIES = 128  # on one connection
+
+Address = tuple[str, int]
+
+
+class NameServer:
+    def __init__(self, state: Callable[[], Directory], upstreams: Sequence[Upstream], clock: Clock) -> None:
+        self._state = state
+        self._upstreams = upstreams
+        self._clock = clock
+
+    def answer_at_once(self, raw: bytes, transport: Transport) -> bytes | DNSRecord | None:
+        """The reply, nothing (the datagram deserves none), or the query if it is for someone else's zone."""
+        try:
+            query = DNSRecord.parse(raw)
+        except (
+            Exception
+        ):  # The edge: anybody may send anything, and the parser has more ways to fail than it documents.
+            return dns.malformed(raw)
+        if query.header.qr or not query.questions:
+            return dns.malformed(raw)
+        if not dns.in_zone(query):
+            return query
+        try:
+            reply = dns.answer(
+                query,
+                self._state(),
+                transport,
+                recursive=bool(self._upstreams),
+                now=int(self._clock.now().timestamp()),
+                shuffle=lambda instances: random.sample(instances, len(instances)),
+            )
+            return dns.packed(reply, query, transport)
+        except Exception:  # The edge: one odd query must not end the server.
+            log.exception("could not answer", extra={"query": str(query.q)})
+            return bytes(dns.failure(query, RCODE.SERVFAIL, recursive=bool(self._upstreams)).pack())
+
+    async def pass_on(self, query: DNSRecord, raw: bytes, transport: Transport) -> bytes:
+        answer = await recursion.ask(self._upstreams, raw, transport)
+        return answer if answer is not None else self.refuse(query)
+
+    def refuse(self, query: DNSRecord) -> bytes:
+        return bytes(dns.failure(query, RCODE.SERVFAIL, recursive=bool(self._upstreams)).pack())
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One TCP connection, query after query."""
+        patience = TCP_FIRST_SECONDS
+        try:
+            for _ in range(TCP_QUERIES):
+                async with asyncio.timeout(patience):
+                    raw = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+                patience = TCP_IDLE_SECONDS
+                reply = self.answer_at_once(raw, Transport.TCP)
+                if isinstance(reply, DNSRecord):
+                    reply = await self.pass_on(reply, raw, Transport.TCP)
+                if reply is None:
+                    return
+                writer.write(len(reply).to_bytes(2, "big") + reply)
+                await writer.drain()
+        except (OSError, EOFError, TimeoutError):
+            return
+        finally:
+            writer.close()
+
+
+class _Datagrams(asyncio.DatagramProtocol):
+    def __init__(self, server: NameServer, tasks: TaskSet) -> None:
+        self._server = server
+        self._tasks = tasks
+        self._transport: asyncio.DatagramTransport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: Address) -> None:
+        reply = self._server.answer_at_once(data, Transport.UDP)
+        if isinstance(reply, bytes):
+            self._transport.sendto(reply, addr)
+        elif reply is not None and len(self._tasks) >= MAX_PENDING:
+            self._transport.sendto(self._server.refuse(reply), addr)
+        elif reply is not None:
+            self._tasks.start("recursive query", self._pass_on(reply, data, addr))
+
+    async def _pass_on(self, query: DNSRecord, raw: bytes, addr: Address) -> None:
+        answer = await self._server.pass_on(query, raw, Transport.UDP)
+        if not self._transport.is_closing():
+            self._transport.sendto(answer, addr)
+
+
+@asynccontextmanager
+async def serving(address: Address, server: NameServer) -> AsyncIterator[Address]:
+    """Answer on `address` (port 0 picks one, the same for both) while the block is open.
+
+    The address need not be there yet, nor stay: the bridge it belongs to is somebody else's. Raises OSError if taken.
+    """
+    loop = asyncio.get_running_loop()
+    stream = _bound(address, socket.SOCK_STREAM)
+    bound: Address = stream.getsockname()[:2]
+    datagrams = _bound(bound, socket.SOCK_DGRAM)
+    async with TaskSet() as tasks:
+        transport, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(server, tasks), sock=datagrams)
+        tcp = await asyncio.start_server(server.converse, sock=stream)
+        try:
+            yield bound
+        finally:
+            tcp.close()
+            transport.close()
+
+
+def _bound(address: Address, kind: socket.SocketKind) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    sock = socket.socket(family, kind)
+    try:
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        sock.setblocking(False)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+_IP_FREEBIND = 15  # linux/in.h; the socket module does not name it

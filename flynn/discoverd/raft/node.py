@@ -1,0 +1,283 @@
+"""One member of the Raft cluster: a thread that ticks pysyncobj, and a way to submit commands from asyncio.
+
+What differs from pysyncobj as it comes, and why:
+
+- Pace. By itself it sends and commits only every `appendEntriesPeriod`, so a lone writer waits 100 ms and more. Here
+  the tick is repeated until neither the log nor the commit index moves, and only then does the thread wait for a
+  socket, for a new command (a pipe wakes it) or for the next period. Idle it ticks a few times a second.
+- Durability. The journal is ours (`journal`). It is synced before the leader counts itself, and by `_Transport` before
+  a follower confirms.
+- Snapshots are our own format, and the journal is trimmed to the snapshot when both are loaded: pysyncobj would drop
+  the entries behind a snapshot if the process died between writing one and shortening the log.
+- Always with a password: its wire carries pickles, which from a stranger would be code.
+
+The state machine runs in this thread; results and news go to the event loop with `call_soon_threadsafe`, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pysyncobj.syncobj
+from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, SyncObjException, replicated
+from pysyncobj.journal import MemoryJournal
+from pysyncobj.node import TCPNode
+from pysyncobj.transport import TCPTransport
+
+from flynn.discoverd.raft.journal import DurableJournal
+from flynn.discoverd.raft.snapshot import Snapshot
+from flynn.types.errors import ServiceUnavailable
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.1  # seconds between the leader's heartbeats when there is nothing to send
+ELECTION_TIMEOUT = (0.4, 0.9)  # a dead leader is replaced within 1.5 s, counting one split vote
+ALONE_ELECTION_TIMEOUT = (0.31, 0.35)  # nobody to wait for; pysyncobj wants at least three periods
+LEASE = 1.5  # a leader that has not heard from a majority for so long steps down
+WAIT_IN_COMPANY = 0.05  # how late a deadline may be noticed
+WAIT_ALONE = 0.25
+COMMIT_LIMIT = 5.0  # seconds until a write without an outcome is reported as unavailable
+SNAPSHOT_ENTRIES = 8192
+
+_BARRIER = b""
+
+
+class StateMachine(Protocol):
+    """Called in the node's thread only."""
+
+    def apply(self, index: int, command: bytes) -> object:
+        """Apply a committed command; must not raise. The result goes to whoever submitted it here."""
+
+    def dump(self) -> bytes: ...
+
+    def restore(self, index: int, state: bytes) -> None:
+        """Become what `dump` gave elsewhere or earlier."""
+
+
+class NotReplicated(ServiceUnavailable):
+    """The command has not been committed here, as far as this member knows: no leader, no majority, or no time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaftConfig:
+    address: str  # own `ip:port` of the Raft port, which is also this member's name
+    peers: Sequence[str]  # members at first start, own address included or not
+    directory: Path
+    password: str
+
+
+class RaftNode:
+    """Made by `running`; everything here may be used from the event loop."""
+
+    def __init__(self, config: RaftConfig, machine: StateMachine, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._machine = machine
+        self._on_leadership: Callable[[bool], None] = lambda _: None
+        self._stopping = threading.Event()
+        self._member = _Member(config, machine, self._state_changed)
+        self._thread = threading.Thread(target=self._tick_until_stopped, name="raft", daemon=True)
+
+    def start(self, on_leadership: Callable[[bool], None]) -> None:
+        """`on_leadership` is called in the event loop whenever this member becomes leader or ceases to be it."""
+        self._on_leadership = on_leadership
+        self._thread.start()
+
+    async def submit(self, command: bytes) -> Any:
+        """Commit a command and return what the state machine made of it.
+
+        Raises:
+            NotReplicated: it may or may not take effect later.
+        """
+        outcome: asyncio.Future[Any] = self._loop.create_future()
+
+        def done(result: object, reason: int) -> None:
+            self._post(_settle, outcome, result, reason)
+
+        self._member.command(command, callback=done)
+        try:
+            return await asyncio.wait_for(outcome, COMMIT_LIMIT)
+        except TimeoutError:
+            raise NotReplicated("the write was not confirmed by a majority in time") from None
+
+    async def barrier(self) -> None:
+        """Returns when everything that was committed before has been applied here."""
+        await self.submit(_BARRIER)
+
+    @property
+    def index(self) -> int:
+        return int(self._member.raftLastApplied)
+
+    @property
+    def is_leader(self) -> bool:
+        return bool(self._member._isLeader())
+
+    @property
+    def leader(self) -> str | None:
+        """The Raft address of the leader as far as this member knows."""
+        leader = self._member._getLeader()
+        return None if leader is None else str(leader.address)
+
+    @property
+    def members(self) -> list[str]:
+        return sorted(node.address for node in (*self._member.otherNodes, self._member.selfNode))
+
+    async def add_member(self, address: str) -> None:
+        await self._change_members(self._member.addNodeToCluster, address)
+
+    async def remove_member(self, address: str) -> None:
+        await self._change_members(self._member.removeNodeFromCluster, address)
+
+    async def stop(self) -> None:
+        self._stopping.set()
+        await asyncio.to_thread(self._thread.join)
+
+    async def _change_members(self, change: Callable[..., None], address: str) -> None:
+        outcome: asyncio.Future[Any] = self._loop.create_future()
+        change(TCPNode(address), callback=lambda result, reason: self._post(_settle, outcome, result, reason))
+        try:
+            await asyncio.wait_for(outcome, COMMIT_LIMIT)
+        except TimeoutError:
+            raise NotReplicated("the change of membership was not confirmed in time") from None
+
+    def _tick_until_stopped(self) -> None:
+        member = self._member
+        try:
+            while not self._stopping.is_set():
+                before = member.position
+                member.doTick(0.0)
+                member.journal.sync()
+                if member.position == before:
+                    alone = not member.otherNodes and member._isLeader()
+                    member.doTick(WAIT_ALONE if alone else WAIT_IN_COMPANY)
+                    member.journal.sync()
+        except BaseException:
+            # Without its log a member must not go on: the process ends and starts again from what is on disk.
+            log.critical("the Raft thread failed", exc_info=True)
+            self._post(_fail_loop)
+        finally:
+            member._doDestroy()
+
+    def _state_changed(self, old: int, new: int) -> None:
+        is_leader = new == _LEADER
+        if is_leader or old == _LEADER:
+            self._post(self._on_leadership, is_leader)
+
+    def _post(self, call: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            return  # The loop is closed already: nobody is left to be told.
+
+
+@asynccontextmanager
+async def running(
+    config: RaftConfig, machine: StateMachine, on_leadership: Callable[[bool], None]
+) -> AsyncIterator[RaftNode]:
+    """Open the log and take part in the cluster while the block is open. Raises OSError if the port is taken."""
+    config.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    node = await asyncio.to_thread(RaftNode, config, machine, asyncio.get_running_loop())
+    node.start(on_leadership)
+    try:
+        yield node
+    finally:
+        await node.stop()
+
+
+_LEADER = pysyncobj.syncobj._RAFT_STATE.LEADER
+
+
+def _create_journal(path: str | None) -> object:
+    return MemoryJournal() if path is None else DurableJournal(Path(path))
+
+
+# The constructor of SyncObj makes its journal itself and reads term and log from it: no other way to give it ours.
+pysyncobj.syncobj.createJournal = _create_journal
+
+
+class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
+    def __init__(self, config: RaftConfig, machine: StateMachine, on_state: Callable[[int, int], None]) -> None:
+        self._machine = machine
+        others = [peer for peer in config.peers if peer != config.address]
+        shortest, longest = ELECTION_TIMEOUT if others else ALONE_ELECTION_TIMEOUT
+        conf = SyncObjConf(
+            password=config.password,
+            autoTick=False,
+            appendEntriesUseBatch=False,  # send at once, and wake the thread by a pipe
+            appendEntriesPeriod=PERIOD,
+            raftMinTimeout=shortest,
+            raftMaxTimeout=longest,
+            leaderFallbackTimeout=LEASE,
+            connectionRetryTime=0.5,
+            commandsWaitLeader=False,
+            dynamicMembershipChange=True,
+            maxBindRetries=1,
+            journalFile=str(config.directory / "raft.log"),
+            fullDumpFile=str(config.directory / "snapshot"),
+            serializer=self._write_snapshot,
+            deserializer=self._read_snapshot,
+            logCompactionMinEntries=SNAPSHOT_ENTRIES,
+            onStateChanged=on_state,
+        )
+        try:
+            super().__init__(config.address, others, conf, transportClass=_Transport)
+        except SyncObjException as error:
+            raise OSError(f"cannot listen on {config.address} for Raft") from error
+
+    @property
+    def journal(self) -> DurableJournal:
+        journal: DurableJournal = self._SyncObj__raftLog
+        return journal
+
+    @property
+    def position(self) -> tuple[int, int, int, int]:
+        """Changes as long as there is something to do at once."""
+        return self.journal[-1][1], self.raftCommitIndex, self.raftLastApplied, self.raftCurrentTerm
+
+    @replicated  # type: ignore[untyped-decorator]
+    def command(self, raw: bytes) -> object:
+        if raw == _BARRIER:
+            return None
+        return self._machine.apply(self.raftLastApplied + 1, raw)
+
+    def _write_snapshot(self, path: str, data: tuple[Any, ...]) -> None:
+        last, before_last, nodes = data
+        members = [node.address for node in nodes]
+        Snapshot(self._machine.dump(), tuple(last), tuple(before_last), members).write(Path(path))
+
+    def _read_snapshot(self, path: str) -> tuple[Any, ...]:
+        snapshot = Snapshot.read(Path(path))
+        covered = snapshot.before_last[1] - self.journal[0][1]
+        if 0 < covered < len(self.journal) - 1 and self.journal[covered] == snapshot.before_last:
+            self.journal.deleteEntriesTo(covered)
+        self._machine.restore(snapshot.last[1], snapshot.state)
+        return snapshot.last, snapshot.before_last, [TCPNode(address) for address in snapshot.members]
+
+
+class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no types
+    def send(self, node: Any, message: Any) -> bool:
+        if isinstance(message, dict) and message.get("type") == "next_node_idx":
+            self._syncObj.journal.sync()  # "I have these entries" must be true after a power cut, too
+        return bool(super().send(node, message))
+
+
+def _settle(outcome: asyncio.Future[Any], result: object, reason: int) -> None:
+    if outcome.done():
+        return
+    if reason == FAIL_REASON.SUCCESS:
+        outcome.set_result(result)
+    else:
+        outcome.set_exception(NotReplicated(f"the write was not replicated ({_REASONS.get(reason, reason)})"))
+
+
+def _fail_loop() -> None:
+    raise SystemExit(1)
+
+
+_REASONS = {value: name.lower().replace("_", " ") for name, value in vars(FAIL_REASON).items() if name.isupper()}
