@@ -23,7 +23,7 @@ from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceMet
 
 log = logging.getLogger(__name__)
 
-WATCHER_LIMIT = 64  # live events a watcher may be behind; the state it is shown first does not count
+WATCHER_LIMIT = 1000  # live events a watcher may be behind, so that a host lost at once does not cut every stream
 
 Publish = Callable[[store.Directory, Sequence[DiscoverdEvent]], None]
 
@@ -173,7 +173,8 @@ class LiveDirectory:
                 await self._expire(gone)
 
     async def _expire(self, gone: list[store.Expired]) -> None:
-        log.info("instances expired", extra={"instances": [f"{one.service}/{one.instance_id}" for one in gone]})
+        names = sorted({one.service for one in gone})
+        log.info("instances expired", extra={"instances": len(gone), "services": ",".join(names[:10])})
         self._expiring = {(one.service, one.instance_id) for one in gone}
         try:
             await self._commit(store.Expire(gone))

@@ -9,8 +9,10 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from flynn import daemon
+from flynn.aio.backoff import Backoff, retrying
 from flynn.aio.clock import Clock, SystemClock
 from flynn.aio.supervisor import supervisor
 from flynn.discoverd import config as configuration
@@ -23,7 +25,7 @@ from flynn.discoverd.hostlink import HostLink
 from flynn.discoverd.instances import IDENTIFYING
 from flynn.discoverd.membership import raft_address
 from flynn.discoverd.nameserver import Address, NameServer
-from flynn.discoverd.raft.node import RaftConfig
+from flynn.discoverd.raft.node import NotReplicated, RaftConfig
 from flynn.discoverd.recursion import Upstream
 from flynn.host.client import HostClient
 from flynn.http.client import HttpClient
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 HOST_TIMEOUT = 5.0
 CATCH_UP_LIMIT = 10.0  # seconds to wait for a leader before serving what is on disk
+CATCH_UP_POLL = Backoff(first=timedelta(milliseconds=20), factor=1)
 
 
 def main() -> None:
@@ -54,6 +57,8 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[LiveDirectory]:
     )
     async with AsyncExitStack() as stack:
         live = await stack.enter_async_context(directory.running(raft, clock))
+        # Not a word before the log is replayed: a watcher would take the gaps for departures.
+        await _caught_up(live)
         stopping = asyncio.Event()
         api = DiscoverdApi(live, config.address, stopping.set).build()
         await stack.enter_async_context(listen(api, config.host, config.port, tls=identity))
@@ -62,7 +67,6 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[LiveDirectory]:
             await stack.enter_async_context(listen(api, LOOPBACK, config.port, key=key))
         else:
             log.info("no plain API on loopback", extra={"key": config.admin_key_file})
-        await _caught_up(live)
         registry = await stack.enter_async_context(Discoverd.connect(config.address, identity=identity))
         names = _Names(live, config.recursors, clock)
         dns = ""
@@ -116,8 +120,9 @@ async def _caught_up(live: LiveDirectory) -> None:
     """
     try:
         async with asyncio.timeout(CATCH_UP_LIMIT):
-            while not live.leading and (live.raft.is_leader or live.raft.leader is None):
-                await asyncio.sleep(0.02)
+            await retrying(live.raft.barrier, on=NotReplicated, policy=CATCH_UP_POLL)
+            while live.raft.is_leader and not live.leading:
+                await asyncio.sleep(0.01)
     except TimeoutError:
         log.warning("no leader yet, serving what was known before")
 
