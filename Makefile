@@ -1,0 +1,58 @@
+# Flynn. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+NODES ?= 1
+PYTHON ?= $(shell for p in /usr/bin/python3.11 python3.11 python3; do command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help setup packages images cluster cluster-down cluster-shell demo test check fmt bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: packages $(VENV)/.done ## install what Flynn needs: Debian packages, Python environment
+
+packages: # install the Debian packages that are missing
+	@missing=$$(for p in $$(cat packages.txt); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "=====> install" $$missing; \
+	  $(SUDO) apt-get update -q -y >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -q -y --no-install-recommends $$missing >/dev/null; fi
+
+$(VENV)/.done: pyproject.toml
+	@echo "=====> install the Python environment"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -e '.[node,dev]'
+	@touch $@
+
+images: setup ## build the images (a second build uses the cache)
+	@$(BIN)/flynn-images build
+
+cluster: images ## boot a development cluster of NODES nodes (1)
+	@$(BIN)/python -m tests.cluster up $(NODES)
+
+cluster-down: ## remove the development cluster and all it made
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m tests.cluster down
+
+cluster-shell: ## a shell on the first node
+	@$(BIN)/python -m tests.cluster exec 0 bash
+
+demo: cluster ## boot a cluster, push the sample app with git, ask for it, scale it
+	@$(BIN)/python -m tests.cluster demo
+
+check: setup ## format, lint, types, import contracts, fast tests
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy && $(BIN)/lint-imports && \
+	  $(BIN)/pytest -q -m 'not slow and not root and not cluster'
+
+fmt: setup ## format and mend what can be mended
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+
+test: setup ## all tests, from a fresh clone (needs root)
+	@bash tests/run
+
+bench: setup ## measure against the peers; writes build/bench.json
+	@$(BIN)/python -m bench
+
+clean: cluster-down ## remove what was built here (not the machine's cache)
+	@rm -rf build $(VENV)

@@ -1,0 +1,192 @@
+"""A node's life: laying it out, switching it on and off, the power cut, running a command inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.cluster.lab import network
+from tests.cluster.lab.layout import BASE, Node
+from tests.cluster.lab.network import run
+
+BIN = Path(sys.executable).parent
+ZFS_FUSE = "/usr/sbin/zfs-fuse"
+
+
+def share_base() -> None:
+    """Make the nodes' directory a mount of its own that passes new mounts on: ZFS mounts volumes from outside."""
+    BASE.mkdir(parents=True, exist_ok=True)
+    if not os.path.ismount(BASE):
+        run("mount", "--bind", str(BASE), str(BASE))
+    run("mount", "--make-shared", str(BASE))
+
+
+def start_zfs() -> None:
+    """ZFS belongs to the machine, as a kernel module would; with zfs-fuse it is one daemon for all nodes."""
+    if Path("/dev/zfs").exists() or not Path(ZFS_FUSE).exists():
+        return
+    answered = subprocess.run(["zpool", "list", "-H"], capture_output=True, timeout=30)
+    if answered.returncode == 0:
+        return
+    Path("/var/run/zfs").mkdir(parents=True, exist_ok=True)
+    run(ZFS_FUSE, "--pidfile", "/var/run/zfs/zfs-fuse.pid")
+    deadline = time.monotonic() + 20
+    while subprocess.run(["zpool", "list", "-H"], capture_output=True, timeout=30).returncode != 0:
+        if time.monotonic() > deadline:
+            raise RuntimeError("zfs-fuse does not answer")
+        time.sleep(0.2)
+
+
+def lay_out(node: Node, domain: str) -> None:
+    """Directories, name resolution and identity of a new node."""
+    for directory in (node.root, node.state, node.config):
+        directory.mkdir(parents=True, exist_ok=True)
+    resolvers = [line for line in Path("/etc/resolv.conf").read_text().splitlines() if line.startswith("nameserver")]
+    node.resolv_conf.write_text("\n".join(resolvers) + "\n")
+    node.hosts_file.write_text(f"127.0.0.1 localhost\n{node.ip} {node.id}\n")
+    run(
+        str(BIN / "flynn-host"), "init", "--state-dir", str(node.state), "--config-dir", str(node.config),
+        "--external-ip", node.ip, "--id", node.id,
+    )  # fmt: skip
+
+
+def daemon_command(node: Node) -> list[str]:
+    return [
+        str(BIN / "flynn-host"), "daemon",
+        "--state-dir", str(node.state), "--config-dir", str(node.config), "--log-dir", str(node.root / "log"),
+        "--id", node.id, "--external-ip", node.ip, "--zpool-name", node.pool, "--cgroup-root", node.cgroup,
+    ]  # fmt: skip
+
+
+def switch_on(node: Node) -> None:
+    """Start the node's first process; returns at once."""
+    with node.console.open("ab") as console:
+        # The command below runs as the first process of new namespaces; --kill-child ties its life to unshare's.
+        process = subprocess.Popen(
+            [
+                "nsenter", f"--net=/run/netns/{node.namespace}", "--",
+                "unshare", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child=KILL",
+                "--mount-proc", "--uts", "--ipc", "--",
+                sys.executable, str(Path(__file__).with_name("node_init.py")),
+                str(node.resolv_conf), str(node.hosts_file), *daemon_command(node),
+            ],
+            stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, cwd="/",
+        )  # fmt: skip
+    node.pidfile.write_text(str(process.pid))
+
+
+def outer_pid(node: Node) -> int | None:
+    """The process of ours that holds the node, if it is on."""
+    try:
+        pid = int(node.pidfile.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError):
+        return None
+    return pid if b"unshare" in command and state != "Z" else None
+
+
+def init_pid(node: Node) -> int | None:
+    """The node's process 1, as the machine numbers it."""
+    pid = outer_pid(node)
+    if pid is None:
+        return None
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return None
+    return int(children[0]) if children else None
+
+
+def _gone(node: Node, pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+        if outer_pid(node) is None:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def power_cut(node: Node) -> None:
+    """Everything in the node ends at once, with no chance to do anything about it."""
+    outer, init = outer_pid(node), init_pid(node)
+    if init is not None:
+        os.kill(init, signal.SIGKILL)
+    if outer is not None and not _gone(node, outer, 15):
+        os.kill(outer, signal.SIGKILL)
+        _gone(node, outer, 15)
+    node.pidfile.unlink(missing_ok=True)
+
+
+def switch_off(node: Node, seconds: float = 60) -> None:
+    """An orderly shutdown; after `seconds` the power is cut."""
+    outer, init = outer_pid(node), init_pid(node)
+    if init is not None and outer is not None:
+        os.kill(init, signal.SIGTERM)
+        _gone(node, outer, seconds)
+    power_cut(node)
+
+
+def inside(node: Node, command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` in the node, as if logged in there."""
+    init = init_pid(node)
+    if init is None:
+        raise RuntimeError(f"{node.id} is off")
+    return ["nsenter", "-t", str(init), "--net", "--mount", "--pid", "--uts", "--ipc", "--", *command]
+
+
+def command_environment(node: Node, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "TERM", "LANG") if name in os.environ}
+    return {
+        **keep,
+        "PATH": f"{BIN}:{keep.get('PATH', '')}",
+        "FLYNN_STATE_DIR": str(node.state),
+        "FLYNN_CONFIG_DIR": str(node.config),
+        **(more or {}),
+    }
+
+
+def remove(node: Node) -> None:
+    """Switch the node off and take away all it left on the machine. Also right after an aborted start."""
+    power_cut(node)
+    for line in run("zpool", "list", "-H", "-o", "name", check=False).split():
+        if line == node.pool:
+            run("zpool", "destroy", "-f", node.pool)
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for target in sorted((m for m in mounts if m.startswith(f"{node.root}/")), reverse=True):
+        run("umount", "--lazy", target, check=False)
+    network.unplug(node)
+    for hierarchy in Path("/sys/fs/cgroup").iterdir():
+        group = hierarchy / node.cgroup
+        for directory in sorted(group.rglob("*/"), reverse=True) if group.is_dir() else []:
+            _remove_cgroup(directory)
+        if group.is_dir():
+            _remove_cgroup(group)
+    shutil.rmtree(node.root, ignore_errors=True)
+
+
+def _remove_cgroup(directory: Path) -> None:
+    deadline = time.monotonic() + 5
+    while directory.is_dir():
+        try:
+            directory.rmdir()
+        except OSError:  # Its last processes are still being reaped.
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+
+
+def unshare_base() -> None:
+    if os.path.ismount(BASE):
+        run("umount", "--lazy", str(BASE), check=False)
+    shutil.rmtree(BASE, ignore_errors=True)
