@@ -1,7 +1,7 @@
 """What the host must still know after a crash: jobs, volumes, sinks, settings; one SQLite file, one writing thread.
 
 Changes are values (SQL and parameters) made by the functions at the end. `commit` hands them to the thread, which
-writes everything that waits in one transaction: group commit, in the order of the calls. A `durable` commit is on the disk
+writes everything that waits in one transaction: group commit, in the order of the calls. A `durable` commit is on disk
 (fsync) before its future is done: for what a caller gets acknowledged. The others are written but not synced: they
 survive the death of the daemon, and after a power cut the containers they describe are gone anyway.
 """

@@ -51,7 +51,7 @@ class VolumeBook:
             except VolumeError as error:
                 log.error("volume provider not available", extra={"provider": name, "error": str(error)})
 
-    def list(self) -> list[VolumeInfo]:
+    def all(self) -> list[VolumeInfo]:
         return [volume.info for volume in self._volumes.values()]
 
     def get(self, volume_id: str) -> VolumeInfo:

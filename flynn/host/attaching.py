@@ -1,0 +1,331 @@
+"""Serving attachments: the server side of `flynn-attach/0`. spec/host.md section 6.
+
+Output of a logged job is read back from the log, so a slow client delays nothing. Output of a tty or `disable_log` job
+goes to its one attacher directly; a slow client then slows the job down, as a slow terminal does, and a client that
+vanishes is replaced by a drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from flynn.host import attach, descriptors
+from flynn.host.attach import ClientFrame, Data, Frame, Stream
+from flynn.host.descriptors import Duplicate
+from flynn.host.live import LiveJob, LiveJobs
+from flynn.host.logs.files import LogDirectory, LogReader
+from flynn.host.runtime.runtime import NotRunning
+from flynn.http.connection import RawConnection
+from flynn.types.host import META_APP, ActiveJob, AttachFlag, AttachReq, JobStatus
+
+log = logging.getLogger(__name__)
+
+EARLY_FRAMES = 64  # what a client may send before its job runs
+BATCH_BYTES = 256 << 10
+
+FindJob = Callable[[str], ActiveJob | None]
+
+
+class _ClientGone(Exception):
+    """The client closed the connection or broke it."""
+
+
+class Attachments:
+    """Serves all attachments of a host."""
+
+    def __init__(self, find: FindJob, live: LiveJobs, logs: LogDirectory) -> None:
+        self._find, self._live, self._logs = find, live, logs
+
+    async def serve(self, connection: RawConnection, request: AttachReq) -> None:
+        """Serve one attachment to its end. The caller closes the connection."""
+        async with asyncio.TaskGroup() as group:
+            client = _Client(connection)
+            reading = group.create_task(client.read(), name=f"attachment of {request.job_id}")
+            try:
+                await _Attachment(self._find, self._live, self._logs, client, request).run()
+            except (_ClientGone, ConnectionError):
+                pass
+            finally:
+                reading.cancel()
+
+
+class _Client:
+    """The other end: frames it sent, and whether it is still there."""
+
+    def __init__(self, connection: RawConnection) -> None:
+        self._connection = connection
+        self._frames: asyncio.Queue[ClientFrame] = asyncio.Queue(EARLY_FRAMES)
+        self.gone = asyncio.Event()  # nothing more will come from it: closed, broken, or it violated the protocol
+
+    async def read(self) -> None:
+        """Read frames until the client stops sending; one that fills the queue is not read until there is room."""
+        try:
+            while (frame := await attach.read_client_frame(self._connection)) is not None:
+                await self._frames.put(frame)
+        except attach.ProtocolViolation as error:
+            log.info("attachment violates the protocol", extra={"error": str(error)})
+        except EOFError:
+            pass
+        finally:
+            self.gone.set()
+
+    async def next(self) -> ClientFrame | None:
+        """Return the next frame, None when no more will come."""
+        if self._frames.empty() and not self.gone.is_set():
+            getter = asyncio.ensure_future(self._frames.get())
+            gone = asyncio.ensure_future(self.gone.wait())
+            try:
+                await asyncio.wait((getter, gone), return_when=asyncio.FIRST_COMPLETED)
+                if getter.done():
+                    return getter.result()
+            finally:
+                getter.cancel()
+                gone.cancel()
+        return None if self._frames.empty() else self._frames.get_nowait()
+
+    async def send(self, *frames: Frame) -> None:
+        self._connection.write(b"".join(attach.encode(frame) for frame in frames))
+        await self._connection.drain()
+
+
+class _Attachment:
+    """One attachment: what was asked for, and the job once it is there."""
+
+    def __init__(self, find: FindJob, live: LiveJobs, logs: LogDirectory, client: _Client, request: AttachReq) -> None:
+        self._find, self._live, self._logs = find, live, logs
+        self._client, self._request = client, request
+        self._job_id = request.job_id
+
+    def _asked(self, flag: AttachFlag) -> bool:
+        return bool(self._request.flags & flag)
+
+    async def run(self) -> None:
+        known, live = self._find(self._job_id), self._live.get(self._job_id)
+        if live is None and (known is None or known.status == JobStatus.STARTING):
+            await self._client.send(attach.Waiting())
+            outcome = await self._come_to_life()
+            if isinstance(outcome, str):
+                await self._client.send(attach.Failure(outcome))
+                return
+            live = outcome
+        if live is not None:
+            await self._attach(live)
+        elif known is not None:
+            await self._attach_to_ended(known)
+
+    async def _come_to_life(self) -> LiveJob | str:
+        """Wait for the job, as long as the client does."""
+        waiting = self._live.wait_for(self._job_id)
+        gone = asyncio.ensure_future(self._client.gone.wait())
+        try:
+            await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            raise _ClientGone
+        finally:
+            waiting.cancel()
+            gone.cancel()
+
+    async def _attach_to_ended(self, job: ActiveJob) -> None:
+        config = job.job.config
+        if job.status == JobStatus.FAILED:
+            await self._client.send(attach.Failure(job.error or "unknown failure"))
+        elif config.tty or self._asked(AttachFlag.STDIN):
+            await self._client.send(attach.Failure(attach.JOB_NOT_RUNNING))
+        elif config.disable_log:
+            await self._client.send(attach.Attached(), *self._stream_ends())
+        else:
+            await self._client.send(attach.Attached())
+            reader = self._logs.app(job.job.metadata.get(META_APP, "")).reader(history=True)
+            try:
+                if self._asked(AttachFlag.LOGS):
+                    await self._send_lines(reader)
+            finally:
+                reader.close()
+            await self._client.send(*self._stream_ends())
+
+    async def _attach(self, live: LiveJob) -> None:
+        config = live.job.config
+        if live.raw and live.attached:
+            await self._client.send(attach.Failure(attach.JOB_ATTACHED))
+            return
+        if self._asked(AttachFlag.STDIN) and not config.tty and live.stdin_taken:
+            await self._client.send(attach.Failure("stdin is closed"))
+            return
+        if live.raw:
+            live.attached = True
+            live.drain.close()
+        if config.tty:
+            await self._attach_tty(live)
+            return
+        # Before anything is sent: not a line may be missed between the answer and the first look.
+        reader = (
+            None
+            if live.raw
+            else self._logs.app(live.job.metadata.get(META_APP, "")).reader(history=self._asked(AttachFlag.LOGS))
+        )
+        try:
+            await self._client.send(attach.Attached())
+            async with asyncio.TaskGroup() as group:
+                commands = group.create_task(self._obey(live), name=f"commands to {self._job_id}")
+                if reader is not None:
+                    await self._follow_log(live, reader)
+                else:
+                    await self._copy_raw(live)
+                commands.cancel()
+        except* (ConnectionError, _ClientGone):
+            raise _ClientGone from None
+        finally:
+            if reader is not None:
+                reader.close()
+            else:
+                live.drain_output()
+        await self._finish(live)
+
+    async def _finish(self, live: LiveJob) -> None:
+        if self._asked(AttachFlag.STREAM) or live.job.config.tty:
+            await live.finished.wait()
+            await self._client.send(self._verdict())
+        else:
+            await self._client.send(*self._stream_ends())
+
+    def _verdict(self) -> Frame:
+        job = self._find(self._job_id)
+        if job is None or job.status == JobStatus.FAILED:
+            return attach.Failure((job and job.error) or "unknown failure")
+        return attach.Exit(job.exit_status or 0)
+
+    def _stream_ends(self) -> list[Frame]:
+        asked = ((AttachFlag.STDOUT, Stream.STDOUT), (AttachFlag.STDERR, Stream.STDERR))
+        return [Data(stream, b"") for flag, stream in asked if self._asked(flag)]
+
+    # Logged jobs
+
+    async def _follow_log(self, live: LiveJob, reader: LogReader) -> None:
+        assert live.capture is not None
+        while True:
+            ended = live.capture.ended.is_set()
+            await self._send_lines(reader)
+            if ended or not self._asked(AttachFlag.STREAM):
+                return
+            changed = asyncio.ensure_future(reader.changed.wait())
+            over = asyncio.ensure_future(live.capture.ended.wait())
+            gone = asyncio.ensure_future(self._client.gone.wait())
+            try:
+                await asyncio.wait((changed, over, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for waiting in (changed, over, gone):
+                    waiting.cancel()
+            if self._client.gone.is_set() and not self._asked(AttachFlag.STDIN):
+                raise _ClientGone  # one that sends stdin may close its side and still listen
+
+    async def _send_lines(self, reader: LogReader) -> None:
+        """Send what the log holds of this job by now, in batches."""
+        job_id, batch, size = self._job_id.encode(), list[Frame](), 0
+        wanted = {
+            stream
+            for flag, stream in (
+                (AttachFlag.STDOUT, Stream.STDOUT),
+                (AttachFlag.STDERR, Stream.STDERR),
+                (AttachFlag.INIT_LOG, Stream.INIT_LOG),
+            )
+            if self._asked(flag)
+        }
+        for line in reader.available():
+            if line.stream in wanted and line.stream is not None and line.of_job(job_id):
+                batch.append(Data(line.stream, line.text + b"\n"))
+                size += len(line.text)
+                if size > BATCH_BYTES:
+                    await self._client.send(*batch)
+                    batch, size = [], 0
+        if batch:
+            await self._client.send(*batch)
+
+    # Raw output
+
+    async def _copy_raw(self, live: LiveJob) -> None:
+        container = live.container
+        async with asyncio.TaskGroup() as group:
+            for flag, stream, descriptor in (
+                (AttachFlag.STDOUT, Stream.STDOUT, container.stdout),
+                (AttachFlag.STDERR, Stream.STDERR, container.stderr),
+            ):
+                if descriptor is None:
+                    continue
+                if self._asked(flag):
+                    group.create_task(self._copy(descriptor, stream), name=f"output of {self._job_id}")
+                else:
+                    live.drain.add(descriptor)
+
+    async def _copy(self, descriptor: int, stream: Stream) -> None:
+        with Duplicate(descriptor) as own:
+            while chunk := await descriptors.read(own):
+                await self._client.send(Data(stream, chunk))
+
+    async def _attach_tty(self, live: LiveJob) -> None:
+        """Connect a terminal; when either side ends, so does the job."""
+        container = live.container
+        assert container.pty is not None
+        if self._request.height and self._request.width:
+            await container.resize(self._request.height, self._request.width)
+        try:
+            await self._client.send(attach.Attached())
+            async with asyncio.TaskGroup() as group:
+                output = group.create_task(self._copy(container.pty, Stream.STDOUT), name=f"pty of {self._job_id}")
+                typing = group.create_task(self._obey(live), name=f"keyboard of {self._job_id}")
+                await asyncio.wait((output, typing), return_when=asyncio.FIRST_COMPLETED)
+                live.stop()
+                typing.cancel()
+        except* (ConnectionError, _ClientGone):
+            live.stop()
+            raise _ClientGone from None
+        finally:
+            live.attached = False
+        await self._finish(live)
+
+    # What the client sends
+
+    async def _obey(self, live: LiveJob) -> None:
+        """Carry out the client's frames until it stops sending; its stdin then ends for the job as well."""
+        config, container = live.job.config, live.container
+        target = container.pty if config.tty else container.stdin
+        stdin = Duplicate(target) if self._asked(AttachFlag.STDIN) and target is not None else None
+        if stdin is not None and not config.tty:
+            live.stdin_taken = True
+        try:
+            while (frame := await self._client.next()) is not None:
+                match frame:
+                    case Data(_, b"") if stdin is not None:
+                        if config.tty:
+                            return  # the terminal is closed
+                        stdin.close()
+                        stdin = None
+                        await container.close_stdin()
+                    case Data(_, data) if stdin is not None:
+                        if not await descriptors.write(stdin.number, data):
+                            stdin.close()
+                            stdin = None  # the job has closed it; its output goes on
+                    case attach.Signal(number) if 0 < number < 65:
+                        await _ignoring_ended(container.signal(number))
+                    case attach.Resize(height, width) if config.tty:
+                        await _ignoring_ended(container.resize(height, width))
+                    case Data() if self._asked(AttachFlag.STDIN):
+                        pass  # more input for a job that reads none any more
+                    case _:
+                        log.info("attachment sent what it may not", extra={"job": self._job_id, "frame": repr(frame)})
+                        return
+        finally:
+            if stdin is not None:
+                stdin.close()
+                if not config.tty:
+                    await _ignoring_ended(container.close_stdin())
+
+
+async def _ignoring_ended(command: Awaitable[None]) -> None:
+    """A signal or a new size for a job that has just ended is no error of the client's."""
+    try:
+        await command
+    except NotRunning:
+        pass

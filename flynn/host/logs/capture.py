@@ -1,0 +1,83 @@
+"""Reading what a job prints and putting it into its app's log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from flynn.host.attach import Stream
+from flynn.host.logs import record
+from flynn.host.logs.files import LogDirectory
+from flynn.host.logs.record import LineSplitter, Source
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 64 << 10
+
+
+class Capture:
+    """The output of one job on its way into the log. `ended` once every stream has been read to its end."""
+
+    def __init__(self, directory: LogDirectory, source: Source) -> None:
+        self._directory, self._source = directory, source
+        self._log = directory.app(source.app_id)
+        self._header = source.header()
+        self._open: dict[int, tuple[Stream, LineSplitter]] = {}
+        self._failing = False
+        self.ended = asyncio.Event()
+
+    def follow(self, stdout: int | None, stderr: int | None) -> None:
+        """Start reading these descriptors; they stay the caller's, who closes them after `stop`."""
+        loop = asyncio.get_running_loop()
+        for descriptor, stream in ((stdout, Stream.STDOUT), (stderr, Stream.STDERR)):
+            if descriptor is not None:
+                self._open[descriptor] = (stream, LineSplitter())
+                loop.add_reader(descriptor, self._readable, descriptor)
+        if not self._open:
+            self.ended.set()
+
+    def note(self, text: str) -> None:
+        """Add a line of the host's own to the job's init stream."""
+        self._write(Stream.INIT_LOG, [text.encode()])
+
+    def stop(self) -> None:
+        """Read no further; a last line without a newline is kept."""
+        for descriptor in list(self._open):
+            self._finish(descriptor)
+
+    def _readable(self, descriptor: int) -> None:
+        stream, splitter = self._open[descriptor]
+        try:
+            chunk = os.read(descriptor, CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.warning("output of a job cannot be read", extra={"job": self._source.job_id, "error": str(error)})
+            chunk = b""
+        if chunk:
+            self._write(stream, splitter.feed(chunk))
+        else:
+            self._finish(descriptor)
+
+    def _finish(self, descriptor: int) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        stream, splitter = self._open.pop(descriptor)
+        self._write(stream, splitter.finish())
+        if not self._open:
+            self.ended.set()
+
+    def _write(self, stream: Stream, lines: list[bytes]) -> None:
+        if not lines:
+            return
+        stamp = self._directory.stamp
+        try:
+            self._log.append(b"".join([record.encode(self._header, stream, stamp(), line) for line in lines]))
+            self._failing = False
+        except OSError as error:
+            # A full disk must not stop the job: its lines are lost, and that is said once.
+            if not self._failing:
+                log.error("log lines lost", extra={"job": self._source.job_id, "error": str(error)})
+            self._failing = True
+            return
+        self._directory.appended(self._source.app_id)
