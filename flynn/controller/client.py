@@ -27,7 +27,7 @@ from flynn.controller.wire import (
     ReleaseDeletion,
     ReleaseRef,
 )
-from flynn.http.client import HttpClient, KeyAuth, Pinned, Retry
+from flynn.http.client import STREAM_SILENCE_SECONDS, HttpClient, KeyAuth, Pinned, Retry
 from flynn.http.connection import RawConnection
 from flynn.identity import Identity
 from flynn.types.app import App
@@ -50,6 +50,7 @@ ATTACH = "flynn-attach/0"
 
 PATIENCE = Retry(within=timedelta(seconds=10))  # with refused connections and errors that say `retry`
 LONG_CALL = 120.0  # seconds, for calls that wait for a job to start or stop, or for a provider
+QUIET_LOG = 10 * 365 * 86400.0  # seconds without a line in a followed log: no broken connection, the app is quiet
 SCALE_TIMEOUT = timedelta(seconds=30)
 DELETION_TIMEOUT = timedelta(seconds=60)
 OUTAGE_TOLERATED = timedelta(seconds=20)  # how long `follow_events` tries to reconnect
@@ -611,7 +612,7 @@ class Controller:
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Open an app's log: chunks of JSON lines, each a `LogMessage`. An empty `process_type` means one-off jobs."""
         path = _path("apps", app, "log") + _log_query(follow, lines, job_id, process_type, stream_types)
-        async with self._http.download(path) as (_, chunks):
+        async with self._http.download(path, silence=QUIET_LOG if follow else STREAM_SILENCE_SECONDS) as (_, chunks):
             yield chunks
 
     def app_log_events(

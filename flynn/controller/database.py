@@ -84,6 +84,17 @@ class Transaction:
         row = await cursor.fetchone()
         return row[0] if row else None
 
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """Let a part fail alone: what it wrote and emitted is undone, and the error goes on."""
+        emitted = len(self._events)
+        try:
+            async with self._connection.transaction():
+                yield
+        except BaseException:
+            del self._events[emitted:]
+            raise
+
     def emit(
         self,
         type: EventType,

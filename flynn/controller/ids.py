@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from flynn.types.errors import NotFound, ValidationError
 
@@ -21,14 +21,14 @@ def is_uuid(text: str) -> bool:
 
 
 def sought(kind: str, text: str) -> str:
-    """Return `text` if it can be the id of anything; a malformed one names nothing. Raises `NotFound`."""
+    """Return `text` in its usual form if it can be an id; a malformed one names nothing. Raises `NotFound`."""
     if not is_uuid(text):
         raise NotFound(f"{kind} {text!r} not found")
-    return text
+    return str(UUID(text))
 
 
 def given(field: str, text: str) -> str:
-    """Return `text` if it is a UUID, for ids in bodies. Raises `ValidationError`."""
+    """Return `text`, a UUID in a body, in its usual form. Raises `ValidationError`."""
     if not is_uuid(text):
         raise ValidationError(field, "must be a UUID")
-    return text
+    return str(UUID(text))
