@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flynn.types.app import App
+from flynn.types.app import SYSTEM_APP, App
 from flynn.types.artifact import DEFAULT_ENTRYPOINT, SQUASHFS_TYPE, Artifact, Entrypoint
 from flynn.types.codec import replace
 from flynn.types.host import (
@@ -147,9 +147,12 @@ def one_off_job(
     image = entrypoint(artifacts, "")
     identifier = job_id(host_id, uuid)
     mounts_from = release.processes.get(wanted.mounts_from) if wanted.mounts_from else None
-    metadata = {key: value for key, value in wanted.meta.items() if not key.startswith(PLATFORM_PREFIX)}
-    # A one-off run of a system app belongs to the platform as its other jobs do.
-    metadata |= {key: value for key, value in app.meta.items() if key == "flynn-system-app"}
+    metadata = {
+        key: value for key, value in wanted.meta.items() if not key.startswith(PLATFORM_PREFIX) and key != SYSTEM_APP
+    }
+    if app.system:
+        # A one-off run of a system app belongs to the platform as its other jobs do.
+        metadata[SYSTEM_APP] = "true"
     return HostJob(
         id=identifier,
         metadata={**metadata, META_APP: app.id, META_APP_NAME: app.name, META_RELEASE: release.id},
