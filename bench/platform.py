@@ -1,0 +1,120 @@
+"""What the whole platform costs on one node: memory, the time of a bootstrap, of a push, of a release change.
+
+Needs a development cluster; boots one if none is up (and leaves it, as `make cluster` does).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.rows import Row
+from tests.cluster.lab import node
+from tests.cluster.lab.cluster import PUBLISHED, Phases, environment, flynn, up
+from tests.cluster.lab.layout import REPO, Node
+
+K3S_MB = 1600.0  # documented memory of a k3s server, which cannot be run here
+SHIM_MB = 10.0  # containerd-shim, one per container
+BOOTSTRAP_SECONDS = 60.0
+PUSH_SECONDS = 10.0  # a push of a small app on Heroku-like platforms
+
+
+def rows() -> list[Row]:
+    phases = Phases()
+    if not (PUBLISHED / "env").exists() or node.init_pid(Node(0)) is None:
+        up(1, phases)
+    # The time of the last bootstrap is in the node's record even when the cluster was up already.
+    found = [*_memory()]
+    if "bootstrap" in phases.seconds:
+        seconds = phases.seconds["bootstrap"]
+        found.append(
+            Row(
+                name="bootstrap of one node, images present",
+                ours=seconds,
+                limit=BOOTSTRAP_SECONDS,
+                unit="s",
+                budget=1.0,
+            )
+        )
+    found.append(Row(name="push of an unchanged app", ours=_unchanged_push(), limit=PUSH_SECONDS, unit="s", budget=1.0))
+    return found
+
+
+def _memory() -> list[Row]:
+    """Sum of PSS of everything in the node, and of one container's init."""
+    total = 0.0
+    inits = []
+    for pid in _processes_in(Node(0)):
+        pss = _pss_mb(pid)
+        total += pss
+        if _name(pid) == "flynn-init":
+            inits.append(pss)
+    found = [Row(name="one idle node, all system apps, sum of PSS", ours=total, limit=K3S_MB, unit="MB", budget=0.625)]
+    if inits:
+        found.append(
+            Row(
+                name="init memory per container (PSS)",
+                ours=sum(inits) / len(inits),
+                limit=SHIM_MB,
+                unit="MB",
+                budget=0.8,
+            )
+        )
+    return found
+
+
+def _processes_in(member: Node) -> Iterator[int]:
+    """Every process in the node's process namespace or one nested in it."""
+    first = node.init_pid(member)
+    waiting = [first] if first is not None else []
+    while waiting:
+        pid = waiting.pop()
+        yield pid
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                waiting += [int(child) for child in task.read_text().split()]
+            except OSError:
+                continue
+
+
+def _pss_mb(pid: int) -> float:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _unchanged_push() -> float:
+    """Seconds of a second push that changes nothing but the commit."""
+    env = environment()
+    work = Path(tempfile.mkdtemp(prefix="flynn-bench-"))
+    name = f"bench-{int(time.time())}"
+    git = ["git", "-C", str(work / "app"), "-c", "user.name=bench", "-c", "user.email=bench@example.com"]
+    try:
+        shutil.copytree(REPO / "tests" / "apps" / "python", work / "app")
+        subprocess.run([*git, "init", "-q", "-b", "master"], check=True)
+        subprocess.run([*git, "add", "-A"], check=True)
+        subprocess.run([*git, "commit", "-qm", "one"], check=True)
+        flynn("create", "--yes", name, cwd=str(work / "app"))
+        subprocess.run([*git, "push", "-q", "flynn", "master"], check=True, env=env, timeout=600)
+        subprocess.run([*git, "commit", "-qm", "two", "--allow-empty"], check=True)
+        began = time.monotonic()
+        subprocess.run([*git, "push", "-q", "flynn", "master"], check=True, env=env, timeout=600)
+        return time.monotonic() - began
+    finally:
+        flynn("-a", name, "delete", "--yes", check=False)
+        shutil.rmtree(work, ignore_errors=True)
