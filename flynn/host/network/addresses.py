@@ -1,4 +1,4 @@
-"""The node's pool of container addresses: pure, one network, round robin (so a freed address rests before it is reused)."""
+"""The node's pool of container addresses: pure, one network, round robin (a freed address rests before its reuse)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class AddressError(Exception):
 
 
 class AddressPool:
-    """Addresses of the network of `bridge` (e.g. 100.100.7.1/24), its own, the network's and the broadcast one excepted."""
+    """Addresses of the network of `bridge` (e.g. 100.100.7.1/24) but its own, the network's and the broadcast one."""
 
     def __init__(self, bridge: IPv4Interface, taken: Iterable[IPv4Address] = ()) -> None:
         self.network = bridge.network

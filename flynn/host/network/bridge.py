@@ -24,9 +24,7 @@ def ensure_bridge(name: str, address: IPv4Interface, mtu: int) -> None:
         index = _ensure_link(link, name)
         _change(link, netlink.link_header(index) + netlink.number(netlink.IFLA_MTU, mtu), f"mtu {mtu} of {name}")
         _ensure_address(link, index, address)
-        flags = (
-            netlink.IFF_UP | netlink.IFF_PROMISC
-        )  # promiscuous: a job reaches itself through the bridge's own address
+        flags = netlink.IFF_UP | netlink.IFF_PROMISC  # promiscuous, so that tools on the host see all traffic
         _change(link, netlink.link_header(index, flags), f"{name} up")
     finally:
         link.close()
@@ -49,7 +47,7 @@ def _ensure_link(link: netlink.Netlink, name: str) -> int:
     try:
         return socket.if_nametoindex(name)
     except OSError:
-        # A fixed address of its own: otherwise the bridge takes that of a port and changes it as containers come and go.
+        # A fixed address of its own: otherwise the bridge takes a port's and changes it as containers come and go.
         mac = b"\xfe" + os.urandom(5)
         kind = netlink.attribute(netlink.IFLA_LINKINFO, netlink.attribute(netlink.IFLA_INFO_KIND, b"bridge"))
         body = netlink.link_header() + netlink.name(netlink.IFLA_IFNAME, name)

@@ -25,7 +25,7 @@ class LayerMounts:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._mounts = directory.absolute() / "mnt"
+        self._mounts = directory.resolve() / "mnt"
         self._users: defaultdict[str, set[str]] = defaultdict(set)  # layer id -> users
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one (un)mount of a layer at a time
         self._mounted = {path.name for path in loop.mount_points(self._mounts)}

@@ -106,7 +106,8 @@ def _mount_system(plan: Plan) -> None:
     kernel.mount("mqueue", "/dev/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     for target, link in DEV_LINKS:
         os.symlink(target, link)
-    for path, block, major, minor, mode, uid, gid in plan.devices:
+    null = ("/dev/null", False, 1, 3, 0o666, 0, 0)  # whatever the spec says: masking and stdin need it
+    for path, block, major, minor, mode, uid, gid in {device[0]: device for device in (null, *plan.devices)}.values():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mknod(path, mode | (stat.S_IFBLK if block else stat.S_IFCHR), os.makedev(major, minor))
         os.chmod(path, mode)  # mknod heeds the umask

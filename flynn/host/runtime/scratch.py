@@ -36,7 +36,7 @@ class ScratchPool:
     """
 
     def __init__(self, directory: Path, *, ready: int = 2) -> None:
-        self._directory = directory.absolute()
+        self._directory = directory.resolve()
         self._wanted = ready
         self._ready: defaultdict[int, deque[Path]] = defaultdict(deque)
         self._sizes: deque[int] = deque([DEFAULT_BYTES], maxlen=_SIZES_KEPT)  # most recently wanted first
