@@ -245,7 +245,11 @@ class Api:
     def route(
         self, method: str, path: str, handler: Handler, *, allow: Access, max_body_bytes: int | None = None
     ) -> None:
-        """Add an endpoint. `{name}` in the path is one segment, `{name:.*}` the rest; method "*" is any."""
+        """Add an endpoint. `{name}` in the path is one segment, `{name:.*}` the rest; method "*" is any.
+
+        An endpoint declared again replaces the earlier one: a daemon may have its own /ping.
+        """
+        self.endpoints = [known for known in self.endpoints if (known.method, known.path) != (method, path)]
         limit = self._max_body_bytes if max_body_bytes is None else max_body_bytes
         self.endpoints.append(Endpoint(method, path, handler, allow, limit))
 
