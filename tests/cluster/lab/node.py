@@ -159,9 +159,7 @@ def command_environment(node: Node, more: Mapping[str, str] | None = None) -> di
 def remove(node: Node) -> None:
     """Switch the node off and take away all it left on the machine. Also right after an aborted start."""
     power_cut(node)
-    for line in run("zpool", "list", "-H", "-o", "name", check=False).split():
-        if line == node.pool:
-            run("zpool", "destroy", "-f", node.pool)
+    _destroy_pool(node.pool)
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for target in sorted((m for m in mounts if m.startswith(f"{node.root}/")), reverse=True):
         run("umount", "--lazy", target, check=False)
@@ -173,6 +171,14 @@ def remove(node: Node) -> None:
         if group.is_dir():
             _remove_cgroup(group)
     shutil.rmtree(node.root, ignore_errors=True)
+
+
+def _destroy_pool(pool: str) -> None:
+    """A pool is busy for a moment after the last process that used it was killed."""
+    deadline = time.monotonic() + 15
+    while pool in run("zpool", "list", "-H", "-o", "name", check=False).split():
+        run("zpool", "destroy", "-f", pool, check=time.monotonic() > deadline)
+        time.sleep(0.1)
 
 
 def _remove_cgroup(directory: Path) -> None:
