@@ -67,7 +67,7 @@ def plug_in(node: Node) -> None:
 def unplug(node: Node) -> None:
     run("ip", "netns", "del", node.namespace, check=False)
     if exists(node.link):
-        run("ip", "link", "del", node.link)
+        run("ip", "link", "del", node.link, check=False)  # It goes with the namespace, a moment later.
 
 
 def cut(node: Node) -> None:
