@@ -78,7 +78,7 @@ def _enter_root(plan: Plan) -> None:
             os.makedirs(f"{plan.writable}/{name}", mode=0o755, exist_ok=True)
             fds.append(os.open(f"{plan.writable}/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         upper = f"upperdir=/proc/self/fd/{fds[-2]},workdir=/proc/self/fd/{fds[-1]}"
-        # volatile: a job's root is thrown away with the job, so an fsync in it need not reach the disk.
+        # volatile: the write layer is thrown away with the job, so an fsync in it need not reach the disk.
         kernel.mount("overlay", root, "overlay", options=f"lowerdir={lower},{upper},volatile")
     elif len(plan.lower) == 1:
         kernel.attach_mount(_open_bind(plan.lower[0], False), root)

@@ -107,9 +107,13 @@ class ScratchPool:
     async def _make(self, size: int) -> Path:
         path = self._directory / uuid.uuid4().hex[:16] / "fs"
         self._making.add(path)
+        work = asyncio.get_running_loop().run_in_executor(None, _make, path, size)
         try:
-            # Shielded: a thread cannot be stopped, and a half-made one is found by the next collect.
-            await asyncio.shield(asyncio.to_thread(_make, path, size))
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # a thread cannot be stopped; what it makes must not stay behind
+            await asyncio.to_thread(_remove, path)
+            raise
         except (OSError, subprocess.CalledProcessError) as error:
             await asyncio.to_thread(_remove, path)
             raise ScratchError(f"cannot make a write layer of {size} bytes: {error}") from error
