@@ -14,8 +14,18 @@ from tests.cluster.lab import node
 
 pytestmark = pytest.mark.cluster
 
-DATA_PATH_UNTOUCHED = ["controller web", "controller scheduler", "controller worker", "blobstore web", "gitreceive app",
-                       "logaggregator app", "postgres postgres", "flannel app", "discoverd app", "status web"]  # fmt: skip
+DATA_PATH_UNTOUCHED = [
+    "controller web",
+    "controller scheduler",
+    "controller worker",
+    "blobstore web",
+    "gitreceive app",
+    "logaggregator app",
+    "postgres postgres",
+    "flannel app",
+    "discoverd app",
+    "status web",
+]
 
 
 def platform_works(user: User) -> bool:
