@@ -65,6 +65,7 @@ class PostgreSQL:
         self._wanted: DatabaseConfig | None = None
         self._postmaster: Postmaster | None = None
         self._started = asyncio.Event()
+        self._ready = False  # the superuser can come in with the password of the environment
         self._lock = asyncio.Lock()  # one start, stop or reload at a time
         self._probe: Connection | None = None
         self._probing = asyncio.Lock()  # one query at a time on the probe's connection
@@ -96,7 +97,11 @@ class PostgreSQL:
             except (psycopg.Error, TimeoutError, OSError) as error:
                 log.debug("the server does not answer", extra={"error": error})
         return DatabaseInfo(
-            config=self._wanted, running=running, xlog=position, user_exists=user_exists, read_write=read_write
+            config=self._wanted,
+            running=running,
+            xlog=position,
+            user_exists=user_exists,
+            read_write=read_write and self._ready,  # those who wait for this connect as the superuser next
         )
 
     # --- endless tasks
@@ -147,6 +152,7 @@ class PostgreSQL:
     async def _start(self) -> None:
         config = self._config
         data = config.data / "db"
+        self._ready = False
         try:
             os.chmod(config.data, 0o755)  # the server's user has to get through to its own directory
             config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -161,6 +167,7 @@ class PostgreSQL:
         self._started.set()
         await self._wait_until_ready(self._postmaster)
         await self._ensure_superuser()
+        self._ready = True
         log.info("the server is ready", extra={"pid": self._postmaster.pid, "port": config.port})
 
     async def _stop(self) -> None:
