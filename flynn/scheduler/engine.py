@@ -543,7 +543,10 @@ class Engine:
             if record.restarts > job.restarts:
                 job = replace(job, restarts=record.restarts)
                 self.world.put_job(job)
-            if record.state != WIRE_STATE[job.state] and (job.touched_at or job.created_at) < event.asked_at:
+            # What changed while the answer was under way has been told since; an end may not have been, if it was
+            # found in a listing, and can be told twice.
+            settled = job.state is JobState.STOPPED or (job.touched_at or job.created_at) < event.asked_at
+            if settled and record.state != WIRE_STATE[job.state]:
                 self._out.append(PersistJob(job))
         for job in self.world.jobs.values():
             active = job.state is not JobState.STOPPED and job.state is not JobState.BLOCKED

@@ -202,10 +202,11 @@ def _host_ended(job: Job, event: HostEnded) -> tuple[Job, tuple[Action, ...]]:
 
 
 def _stop(job: Job, reason: str) -> tuple[Job, tuple[Action, ...]]:
+    requested = job.state is JobState.PENDING and job.host is not None and job.run_at is None
     match job.state:
         case JobState.STOPPED | JobState.STOPPING:
             return job, ()
-        case JobState.PENDING | JobState.BLOCKED if job.host is None or job.run_at is not None:
+        case JobState.PENDING | JobState.BLOCKED if not requested:
             # No request is under way. One that only seemed to fail may still take effect: the host's report then
             # revives the job, and as surplus it is stopped properly.
             return _moved(replace(job, state=JobState.STOPPED, run_at=None, reason=reason), job)
