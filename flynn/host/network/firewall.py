@@ -1,10 +1,29 @@
-"""Which packets containers may send: a pure rule set, rendered for nftables, replaced as a whole."""
+"""Which packets containers may send: a pure rule set, rendered for nftables, replaced as a whole.
+
+Three things: traffic that leaves the overlay gets the host's address; nobody outside the overlay opens connections to
+containers; and jobs of users and builds reach nothing of the platform but DNS and the router. Only jobs of system apps
+(`trusted`) reach control ports, which ask for certificates on top.
+
+What it cannot do: hold a job to its own address on the bridge. NET_RAW lets a job forge frames on its segment; what is
+behind control ports therefore also demands a client certificate.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+
+#: On hosts: Raft, discoverd, flynn-host, router API, flannel.
+CONTROL_PORTS = (1110, 1111, 1113, 5000, 5002)
+VXLAN_PORT = 8472
+DNS_PORT = 53
+ROUTER_PORTS = ("80", "443", "3000-3500")
+
+
+class FirewallError(Exception):
+    """nft refused; the text is its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,21 +38,90 @@ class Policy:
     table: str = "flynn"
 
 
+def render(policy: Policy) -> str:
+    """The whole table as one nft transaction that replaces what was there."""
+    bridge, address, overlay, table = policy.bridge, policy.address, policy.overlay, f"inet {policy.table}"
+    ports = ", ".join(ROUTER_PORTS)
+    control = ", ".join(map(str, CONTROL_PORTS))
+    # The bridges of all hosts have the same place in their subnets, so a mask finds them without knowing the hosts.
+    place = f"ip daddr & {address.network.hostmask} == {IPv4Address(int(address.ip) & int(address.network.hostmask))}"
+    return f"""\
+add table {table}
+delete table {table}
+table {table} {{
+    set trusted {{
+        type ipv4_addr
+        {_elements(policy.trusted)}
+    }}
+    set hosts {{
+        type ipv4_addr
+        {_elements(policy.hosts)}
+    }}
+    chain input {{
+        type filter hook input priority filter - 5; policy accept;
+        iifname != "{bridge}" accept
+        ct state established,related accept
+        ip saddr @trusted accept
+        meta l4proto {{ icmp, ipv6-icmp }} accept
+        ip daddr {address.ip} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept
+        ip saddr {address.network} tcp dport {{ {ports} }} accept
+        reject with icmpx admin-prohibited
+    }}
+    chain forward {{
+        type filter hook forward priority filter - 5; policy accept;
+        ct state established,related accept
+        iifname "{bridge}" goto from_containers
+        oifname "{bridge}" ip saddr != {overlay} ip saddr != @hosts drop
+    }}
+    chain from_containers {{
+        ip saddr != {address.network} drop
+        ip saddr @trusted accept
+        ip daddr @hosts tcp dport {{ {control} }} reject with icmpx admin-prohibited
+        ip daddr @hosts udp dport {VXLAN_PORT} reject with icmpx admin-prohibited
+        ip daddr {overlay} {place} tcp dport {{ {ports} }} accept
+        ip daddr {overlay} {place} meta l4proto {{ tcp, udp }} reject with icmpx admin-prohibited
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {address.network} ip daddr != {overlay} masquerade
+    }}
+}}
+"""
+
+
+def _elements(addresses: Collection[IPv4Address]) -> str:
+    return f"elements = {{ {', '.join(map(str, sorted(addresses)))} }}" if addresses else ""
+
+
 async def apply(policy: Policy) -> None:
     """Make the kernel's table exactly this policy, atomically (`nft -f -`, about 10 ms). Idempotent."""
-    raise NotImplementedError
+    await _nft(render(policy))
 
 
 async def trust(policy: Policy, address: IPv4Address) -> None:
-    """Add the address of a starting system job without rendering everything anew."""
-    raise NotImplementedError
+    """Add the address of a starting system job without rendering everything anew. Idempotent."""
+    await _nft(f"add element inet {policy.table} trusted {{ {address} }}\n")
 
 
 async def distrust(policy: Policy, address: IPv4Address) -> None:
     """Take it back. Before the address is released, or the next user job inherits its rights. Idempotent."""
-    raise NotImplementedError
+    # Deleting what is not there fails, so add it first, in the same transaction.
+    change = f"element inet {policy.table} trusted {{ {address} }}\n"
+    await _nft(f"add {change}delete {change}")
 
 
 async def remove(table: str = "flynn") -> None:
     """Drop the table if it is there."""
-    raise NotImplementedError
+    await _nft(f"add table inet {table}\ndelete table inet {table}\n")
+
+
+async def _nft(script: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *("nft", "-f", "-"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await process.communicate(script.encode())
+    if process.returncode:
+        raise FirewallError(errors.decode("utf-8", "replace").strip())
