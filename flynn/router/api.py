@@ -1,4 +1,4 @@
-"""The router's small API: its events, and what it serves. Routes are made in the controller. See spec/router section 2."""
+"""The router's small API: its events, and what it serves (routes are made in the controller). See spec/router 2."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Haproxy:
             async with asyncio.timeout(RELOAD_SECONDS):
                 while True:
                     info = await self.info()
-                    if info.get("Description") == generation and info.get("Pid") != other_than:
+                    if info.get("description") == generation and info.get("Pid") != other_than:
                         return True
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
@@ -156,7 +156,7 @@ class Haproxy:
         """After a restart of this daemon: nothing to do if the files are what we would write, and no mark is left."""
         wanted = self._files(new, self.paths.live)
         present = {path.name: path.read_bytes() for path in self.paths.live.iterdir() if path.is_file()}
-        return present == wanted and (await self.info()).get("Description") == new.generation
+        return present == wanted and (await self.info()).get("description") == new.generation
 
     # Talking to it
 
