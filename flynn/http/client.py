@@ -259,11 +259,14 @@ class HttpClient:
         *,
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
+        body: object = None,
         silence: float = STREAM_SILENCE_SECONDS,
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
-        """The headers and the body piece by piece."""
+        """The headers and the body piece by piece. A `body` is sent as JSON (the host's snapshots are asked for so)."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
-        async with self._request("GET", path, {"Accept": "*/*", **(headers or {})}, None, params, timeout) as response:
+        sent = {"Accept": "*/*", **({} if body is None else {"Content-Type": "application/json"}), **(headers or {})}
+        payload = None if body is None else encode(body)
+        async with self._request("GET", path, sent, payload, params, timeout) as response:
 
             async def chunks() -> AsyncIterator[bytes]:
                 with _translated(path):
