@@ -15,6 +15,7 @@ from flynn.controller.store.formations import FormationStore
 from flynn.controller.store.jobs import JobStore
 from flynn.controller.store.queue import Queue
 from flynn.controller.store.releases import ReleaseStore
+from flynn.controller.store.removal import ReleaseRemoval
 from flynn.controller.store.resources import ResourceStore
 from flynn.controller.store.routes import RouteStore
 from flynn.controller.store.sinks import SinkStore
@@ -30,6 +31,7 @@ class Stores:
     apps: AppStore
     artifacts: ArtifactStore
     releases: ReleaseStore
+    removal: ReleaseRemoval
     formations: FormationStore
     jobs: JobStore
     deployments: DeploymentStore
@@ -50,6 +52,7 @@ class Stores:
             apps=AppStore(database, default_domain=default_domain, name_seed=name_seed),
             artifacts=ArtifactStore(database),
             releases=ReleaseStore(database),
+            removal=ReleaseRemoval(database),
             formations=FormationStore(database),
             jobs=JobStore(database),
             deployments=DeploymentStore(database),

@@ -48,8 +48,7 @@ class ReleasesApi:
         return await self._stores.releases.all(app.id)
 
     async def delete(self, request: Request) -> None:
-        app = await self._stores.apps.get(request.path("app"))
-        await self._stores.releases.delete(app.id, request.path("release"))
+        await self._stores.removal.delete(request.path("app"), request.path("release"))
 
     async def create_artifact(self, request: Request) -> Artifact:
         artifact = await request.body(Artifact)

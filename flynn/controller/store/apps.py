@@ -33,14 +33,12 @@ async def app_in(transaction: Transaction | Database, ref: str, *, lock: bool = 
     lock first, so that such changes happen one after the other.
     """
     suffix = " FOR UPDATE" if lock else ""
+    live = f"SELECT {COLUMNS} FROM apps WHERE deleted_at IS NULL"
     if is_uuid(ref):
-        query = (
-            f"SELECT {COLUMNS} FROM apps WHERE deleted_at IS NULL AND (app_id = %(ref)s::uuid OR name = %(ref)s)"
-            f" ORDER BY app_id = %(ref)s::uuid DESC LIMIT 1{suffix}"
-        )
+        query = f"{live} AND (app_id = %s OR name = %s) ORDER BY app_id = %s DESC LIMIT 1{suffix}"
+        app = await transaction.one(App, query, (ref, ref, ref))
     else:
-        query = f"SELECT {COLUMNS} FROM apps WHERE deleted_at IS NULL AND name = %(ref)s{suffix}"
-    app = await transaction.one(App, query, {"ref": ref})
+        app = await transaction.one(App, f"{live} AND name = %s{suffix}", (ref,))
     if app is None:
         raise NotFound(f'app "{ref}" not found')
     return app

@@ -10,6 +10,7 @@ from flynn.controller.store.apps import app_in, set_release_in
 from flynn.controller.store.formations import formation_in
 from flynn.controller.store.queue import JobClass, enqueue
 from flynn.controller.store.releases import release_in
+from flynn.controller.wire import GarbageCollected
 from flynn.types.app import App
 from flynn.types.deployment import Deployment, DeploymentEvent, DeploymentStatus
 from flynn.types.errors import NotFound, ValidationError
@@ -97,17 +98,14 @@ class DeploymentStore:
             Deployment, f"SELECT {COLUMNS} FROM deployments WHERE app_id = %s ORDER BY created_at DESC", (app_id,)
         )
 
-    async def report(self, deployment: Deployment, event: DeploymentEvent) -> None:
-        """Tell of progress: the deployment is running, or one of its jobs has changed."""
+    async def begin(self, deployment: Deployment) -> None:
+        """Tell that a worker is at it; told once, also when the work is taken up again."""
         async with self._database.transaction() as transaction:
-            await transaction.execute(
-                "UPDATE deployments SET status = 'running' WHERE deployment_id = %s AND finished_at IS NULL",
+            if await transaction.execute(
+                "UPDATE deployments SET status = 'running' WHERE deployment_id = %s AND status = 'pending'",
                 (deployment.id,),
-            )
-            emit_progress(
-                transaction, deployment, status=DeploymentStatus.RUNNING, job_type=event.job_type,
-                job_state=event.job_state, release=event.release,
-            )  # fmt: skip
+            ):
+                emit_progress(transaction, deployment, status=DeploymentStatus.RUNNING)
 
     async def complete(self, deployment: Deployment) -> None:
         """Make the new release the app's current one and close the deployment, as one decision."""
@@ -119,6 +117,7 @@ class DeploymentStore:
             if app.release != release.id:
                 await set_release_in(transaction, app, release)
             if await _close(transaction, deployment, DeploymentStatus.COMPLETE):
+                await enqueue(transaction, JobClass.APP_GARBAGE_COLLECTION, GarbageCollected(app_id=app.id))
                 emit_progress(transaction, deployment, status=DeploymentStatus.COMPLETE)
 
     async def fail(self, deployment: Deployment, reason: str) -> None:
@@ -143,19 +142,14 @@ def emit_progress(
     *,
     status: str,
     op: str = "update",
-    release: str = "",
-    job_type: str = "",
-    job_state: str = "",
     error: str = "",
 ) -> None:
     """Have a deployment event written with this transaction."""
     event = DeploymentEvent(
         app=deployment.app,
         deployment=deployment.id,
-        release=release or deployment.new_release,
+        release=deployment.new_release,
         status=status,
-        job_type=job_type,
-        job_state=job_state,
         error=error,
     )
     transaction.emit(EventType.DEPLOYMENT, deployment.id, event, app=deployment.app, op=op)

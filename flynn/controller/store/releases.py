@@ -1,14 +1,11 @@
-"""Releases: what an app consists of at one time, and the removal of those nobody needs any more."""
+"""Releases: what an app consists of at one time. Their removal is in `removal`."""
 
 from __future__ import annotations
 
 from flynn.controller.database import Database, Transaction, jsonb
 from flynn.controller.ids import given, new_id, sought
-from flynn.controller.store.queue import JobClass, enqueue
 from flynn.controller.validation import normalized_release
-from flynn.controller.wire import DeletedRelease, ReleaseDeletion
-from flynn.types.artifact import Artifact
-from flynn.types.codec import Wire, replace
+from flynn.types.codec import replace
 from flynn.types.errors import NotFound, ObjectExists, ValidationError
 from flynn.types.event import EventType
 from flynn.types.release import Release
@@ -23,19 +20,6 @@ TABLES = """
         FROM release_artifacts ra WHERE ra.release_id = r.release_id AND ra.deleted_at IS NULL
     ) linked ON true
 """
-
-SYSTEM_IMAGE_META = "flynn.system-image"  # never deleted
-BLOBSTORE_META = "blobstore"  # its files may go with the release
-TARRECEIVE_LAYER_META = "tar.layer_id"
-TARRECEIVE_LAYER_URL = "https://blobstore.discoverd:80/tarreceive/layers/{id}.json"
-
-
-class ReleaseCleanup(Wire):
-    """Arguments of the queue job that removes a deleted release's files."""
-
-    AppID: str = ""
-    ReleaseID: str = ""
-    FileURIs: list[str] = []
 
 
 async def release_in(transaction: Transaction | Database, release_id: str) -> Release | None:
@@ -102,88 +86,6 @@ class ReleaseStore:
             " ORDER BY r.created_at DESC, r.release_id",
             params,
         )
-
-    async def delete(self, app_id: str, release_id: str) -> DeletedRelease:
-        """Delete a release of an app; its files go later, by the queue.
-
-        Raises:
-            NotFound: no such release.
-            ValidationError: it is the current release of an app.
-        """
-        sought("release", release_id)
-        async with self._database.transaction() as transaction:
-            if await release_in(transaction, release_id) is None:
-                raise NotFound(f"release {release_id} not found")
-            return await delete_release_in(transaction, app_id, release_id)
-
-
-async def delete_release_in(transaction: Transaction, app_id: str, release_id: str) -> DeletedRelease:
-    """Delete a release with everything that only it uses; see spec/controller-worker section 5."""
-    await transaction.execute("SELECT 1 FROM releases WHERE release_id = %s FOR UPDATE", (release_id,))
-    if await transaction.value("SELECT 1 FROM apps WHERE release_id = %s", (release_id,)) is not None:
-        raise ValidationError("", "cannot delete current app release")
-    await transaction.execute(
-        "UPDATE formations SET processes = NULL, deleted_at = now(), updated_at = now()"
-        " WHERE app_id = %s AND release_id = %s AND deleted_at IS NULL",
-        (app_id, release_id),
-    )
-    others = await transaction.all(
-        str,
-        "SELECT app_id FROM formations WHERE release_id = %s AND deleted_at IS NULL ORDER BY app_id",
-        (release_id,),
-    )
-    outcome = DeletedRelease(app=app_id, release=release_id, remaining_apps=others or None)
-    files: list[str] = []
-    if not others:
-        await transaction.execute(
-            "UPDATE releases SET deleted_at = now() WHERE release_id = %s AND deleted_at IS NULL", (release_id,)
-        )
-        files = await _drop_artifacts(transaction, release_id)
-    if files:
-        await enqueue(
-            transaction,
-            JobClass.RELEASE_CLEANUP,
-            {"AppID": app_id, "ReleaseID": release_id, "FileURIs": files},
-        )
-    else:
-        transaction.emit(EventType.RELEASE_DELETION, release_id, ReleaseDeletion(release_deletion=outcome), app=app_id)
-    return replace(outcome, deleted_files=files or None)
-
-
-async def _drop_artifacts(transaction: Transaction, release_id: str) -> list[str]:
-    """Unlink a release's artifacts, delete those nobody else has, and return the files that belong to them alone."""
-    linked = await transaction.all(
-        Artifact,
-        "UPDATE release_artifacts ra SET deleted_at = now() FROM artifacts a"
-        " WHERE ra.release_id = %s AND ra.deleted_at IS NULL AND a.artifact_id = ra.artifact_id"
-        " RETURNING a.artifact_id AS id, a.type, a.uri, a.meta, a.manifest, a.layer_url_template",
-        (release_id,),
-    )
-    files: list[str] = []
-    for artifact in linked:
-        if artifact.meta.get(SYSTEM_IMAGE_META) == "true" or await transaction.value(
-            "SELECT 1 FROM release_artifacts WHERE artifact_id = %s AND deleted_at IS NULL", (artifact.id,)
-        ):
-            continue
-        await transaction.execute("UPDATE artifacts SET deleted_at = now() WHERE artifact_id = %s", (artifact.id,))
-        if artifact.meta.get(BLOBSTORE_META) == "true":
-            files += await _files_of(transaction, artifact)
-    return files
-
-
-async def _files_of(transaction: Transaction, artifact: Artifact) -> list[str]:
-    files = [artifact.uri]
-    for layer in artifact.image().layers():
-        shared = await transaction.value(
-            "SELECT 1 FROM artifacts WHERE deleted_at IS NULL AND manifest @> %s",
-            (jsonb({"rootfs": [{"layers": [{"id": layer.id}]}]}),),
-        )
-        if shared:
-            continue
-        files.append(artifact.layer_url(layer))
-        if layer_id := layer.meta.get(TARRECEIVE_LAYER_META):
-            files.append(TARRECEIVE_LAYER_URL.format(id=layer_id))
-    return files
 
 
 async def _check_references(transaction: Transaction, release: Release) -> None:

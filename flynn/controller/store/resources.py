@@ -50,11 +50,11 @@ class ResourceStore:
 
     async def provider(self, ref: str) -> Provider:
         """Return a provider by id or name. Raises `NotFound`."""
-        condition = "provider_id = %(ref)s::uuid OR name = %(ref)s" if is_uuid(ref) else "name = %(ref)s"
+        condition = "provider_id = %s OR name = %s" if is_uuid(ref) else "name = %s"
         provider = await self._database.one(
             Provider,
             f"SELECT {PROVIDER_COLUMNS} FROM providers WHERE deleted_at IS NULL AND ({condition}) LIMIT 1",
-            {"ref": ref},
+            (ref, ref) if is_uuid(ref) else (ref,),
         )
         if provider is None:
             raise NotFound(f'provider "{ref}" not found')

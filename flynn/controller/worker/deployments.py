@@ -1,0 +1,221 @@
+"""Carrying out a deployment: ask the strategy for the next step, scale, wait, and again, until nothing is left.
+
+The only state is in the database: the deployment's record and the two formations. A worker that takes over waits for
+the scale request that is still pending and goes on from there. spec/controller-worker section 3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from datetime import timedelta
+
+from flynn.aio.broadcast import Overflowed
+from flynn.controller.deploy.strategies import (
+    TOLERATED_FAILED_STARTS,
+    Progress,
+    ScaleNew,
+    Step,
+    UnsupportedStrategy,
+    batch_size,
+    failed_start_message,
+    strategy_steps,
+)
+from flynn.controller.hosts import Hosts
+from flynn.controller.store.queue import QueuedJob
+from flynn.controller.stores import Stores
+from flynn.types.app import Strategy
+from flynn.types.codec import convert
+from flynn.types.deployment import Deployment
+from flynn.types.errors import NotFound, ServiceUnavailable, ValidationError
+from flynn.types.event import Event, EventType
+from flynn.types.formation import Processes, ScaleRequest, ScaleState, Tags
+from flynn.types.job import Job, JobState
+from flynn.types.release import Release
+
+log = logging.getLogger(__name__)
+
+ROLLBACK_WAIT = timedelta(seconds=10)
+MAX_BREAKDOWNS = 5  # of the worker's own; then the deployment fails instead of blocking its app
+LOOK_AGAIN = timedelta(seconds=10)  # while waiting for a scale request whose event does not come
+
+
+class DeploymentError(Exception):
+    """The deployment cannot succeed; `str()` is what its user reads."""
+
+
+class DeploymentProcedure:
+    """The procedure behind queue jobs of class `deployment`."""
+
+    def __init__(self, stores: Stores, hosts: Hosts) -> None:
+        self._stores = stores
+        self._hosts = hosts
+
+    async def __call__(self, job: QueuedJob) -> None:
+        """Do a deployment, or what is left of it. What raises is tried again, except that it may not go on for ever."""
+        try:
+            deployment = await self._stores.deployments.get(str(job.args["ID"]))
+        except NotFound:
+            return
+        if deployment.finished_at is not None:
+            return
+        try:
+            await self._perform(deployment)
+        except (DeploymentError, UnsupportedStrategy) as error:
+            await self._give_up(deployment, str(error))
+        except (NotFound, ValidationError) as error:
+            await self._give_up(deployment, error.message)
+        except Exception as error:  # Not a verdict about the deployment, but it must not block its app for ever either.
+            if job.error_count + 1 < MAX_BREAKDOWNS:
+                raise
+            log.exception("deployment broke down too often", extra={"deployment": deployment.id})
+            await self._give_up(deployment, f"the deployment broke down: {error}")
+
+    async def _perform(self, deployment: Deployment) -> None:
+        steps = strategy_steps(deployment.strategy)
+        await self._stores.deployments.begin(deployment)
+        if deployment.old_release != deployment.new_release:
+            new = await self._stores.releases.get(deployment.new_release)
+            batch = await self._batch(deployment)
+            await self._settle(deployment, new)
+            while (step := steps(await self._progress(deployment, new, batch))) is not None:
+                await self._scale(deployment, new, step)
+        await self._stores.deployments.complete(deployment)
+
+    async def _batch(self, deployment: Deployment) -> int:
+        needs_hosts = deployment.strategy == Strategy.IN_BATCHES and not deployment.deploy_batch_size
+        hosts = await self._hosts.count() if needs_hosts else 1
+        return batch_size(deployment.strategy, deployment.deploy_batch_size, hosts)
+
+    async def _progress(self, deployment: Deployment, new: Release, batch: int) -> Progress:
+        return Progress(
+            wanted=deployment.processes or {},
+            types=new.processes,
+            old=await self._counts(deployment.app, deployment.old_release),
+            new=await self._counts(deployment.app, deployment.new_release),
+            batch=batch,
+        )
+
+    async def _counts(self, app_id: str, release_id: str) -> Processes:
+        if not release_id:
+            return {}
+        try:
+            return (await self._stores.formations.get(app_id, release_id)).processes or {}
+        except NotFound:
+            return {}
+
+    async def _settle(self, deployment: Deployment, new: Release) -> None:
+        """Wait for what an earlier attempt asked for, lest old jobs go before the new ones are up."""
+        formation = await self._stores.formations.expanded(deployment.app, new.id)
+        if formation is None or formation.pending_scale_request is None:
+            return
+        pending = formation.pending_scale_request
+        async with ScaleWatch(self._stores, deployment, new.id, new.processes) as watch:
+            await watch.completed(pending, timedelta(seconds=deployment.deploy_timeout))
+
+    async def _scale(self, deployment: Deployment, new: Release, step: Step) -> None:
+        limit = timedelta(seconds=deployment.deploy_timeout)
+        raising = isinstance(step, ScaleNew)
+        release_id = new.id if raising else deployment.old_release
+        tags = await self._initial_tags(deployment, new) if raising else None
+        # Only jobs of the new release that go down while it is being raised are failures.
+        failures_of = new.processes if raising else ()
+        async with ScaleWatch(self._stores, deployment, release_id, failures_of) as watch:
+            request = await self._stores.formations.scale(deployment.app, release_id, dict(step.processes), tags)
+            if raising or getattr(step, "wait", True):
+                await watch.completed(request, limit)
+
+    async def _initial_tags(self, deployment: Deployment, new: Release) -> Tags | None:
+        try:
+            await self._stores.formations.get(deployment.app, new.id)
+        except NotFound:
+            return {name: tags for name, tags in (deployment.tags or {}).items() if name in new.processes} or None
+        return None
+
+    async def _give_up(self, deployment: Deployment, reason: str) -> None:
+        """Bring the old release back to its counts, drop the new one, and only then close the deployment."""
+        log.info("deployment failed", extra={"deployment": deployment.id, "reason": reason})
+        try:
+            await self._restore_old(deployment)
+            if deployment.new_release != deployment.old_release:
+                await self._stores.formations.delete(deployment.app, deployment.new_release)
+        except (NotFound, ValidationError) as error:
+            # The app or a release has been deleted meanwhile, or the new one was never scaled: nothing to roll back.
+            log.info("nothing to roll back", extra={"deployment": deployment.id, "because": error.message})
+        await self._stores.deployments.fail(deployment, reason)
+
+    async def _restore_old(self, deployment: Deployment) -> None:
+        wanted = deployment.processes or {}
+        current = await self._counts(deployment.app, deployment.old_release)
+        if not deployment.old_release or all(current.get(name, 0) == count for name, count in wanted.items()):
+            return
+        async with ScaleWatch(self._stores, deployment, deployment.old_release, ()) as watch:
+            request = await self._stores.formations.scale(deployment.app, deployment.old_release, wanted, None)
+            try:
+                await watch.completed(request, ROLLBACK_WAIT)
+            except DeploymentError as error:
+                log.warning("rollback goes on without waiting", extra={"deployment": deployment.id, "error": error})
+
+
+class ScaleWatch:
+    """Watches one release while it is being scaled; opened before the request is made, so that nothing is missed."""
+
+    def __init__(self, stores: Stores, deployment: Deployment, release_id: str, failing_types: Collection[str]) -> None:
+        self._stores = stores
+        self._app_id = deployment.app
+        self._release_id = release_id
+        self._failing_types = failing_types
+        self._failures = 0
+        self._subscription = stores.hub.subscribe()
+
+    async def __aenter__(self) -> ScaleWatch:
+        await self._stores.hub.started()
+        self._events = await self._subscription.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._subscription.__aexit__(None, None, None)
+
+    async def completed(self, request: ScaleRequest, limit: timedelta) -> None:
+        """Return when the scheduler has completed a request.
+
+        Raises:
+            DeploymentError: cancelled, not done in time, or too many jobs went down.
+        """
+        try:
+            async with asyncio.timeout(limit.total_seconds()):
+                while not self._done(await self._stores.formations.scale_request(request.id) or request):
+                    await self._next_change(request)
+        except TimeoutError:
+            waited = limit.total_seconds()
+            text = f"timed out waiting for scale to complete (waited {waited:g} seconds)"
+            raise DeploymentError(text) from None
+
+    def _done(self, request: ScaleRequest) -> bool:
+        if request.state == ScaleState.CANCELLED:
+            raise DeploymentError("scale request cancelled")
+        return request.state == ScaleState.COMPLETE
+
+    async def _next_change(self, request: ScaleRequest) -> None:
+        """Return when the request has changed, or after a while in any case."""
+        try:
+            async with asyncio.timeout(LOOK_AGAIN.total_seconds()):
+                async for event in self._events:
+                    if event.object_type == EventType.SCALE_REQUEST and event.object_id == request.id:
+                        return
+                    self._count_failure(event)
+        except TimeoutError:
+            return
+        except Overflowed as error:
+            raise ServiceUnavailable("too many events to follow") from error
+
+    def _count_failure(self, event: Event) -> None:
+        if event.object_type != EventType.JOB or event.app != self._app_id:
+            return
+        job = convert(event.data, Job)
+        if job.release != self._release_id or job.type not in self._failing_types or job.state != JobState.DOWN:
+            return
+        self._failures += 1
+        if self._failures > TOLERATED_FAILED_STARTS:
+            raise DeploymentError(failed_start_message(job.type, job.host_error))

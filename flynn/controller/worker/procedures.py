@@ -1,0 +1,24 @@
+"""What the worker can do, by class of queue job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flynn.controller.hosts import Hosts
+from flynn.controller.neighbours import Neighbours
+from flynn.controller.store.queue import JobClass
+from flynn.controller.stores import Stores
+from flynn.controller.worker.cleanup import FileCleanup, GarbageCollection
+from flynn.controller.worker.deletion import AppDeletionProcedure
+from flynn.controller.worker.deployments import DeploymentProcedure
+from flynn.controller.worker.loop import Procedure
+
+
+def procedures(stores: Stores, hosts: Hosts, neighbours: Neighbours) -> Mapping[str, Procedure]:
+    """Return the procedure of each class of queue job."""
+    return {
+        JobClass.DEPLOYMENT: DeploymentProcedure(stores, hosts),
+        JobClass.APP_DELETION: AppDeletionProcedure(stores, neighbours),
+        JobClass.RELEASE_CLEANUP: FileCleanup(stores, neighbours),
+        JobClass.APP_GARBAGE_COLLECTION: GarbageCollection(stores),
+    }
