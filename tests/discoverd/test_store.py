@@ -37,7 +37,9 @@ def play(*commands: Command, state: Directory | None = None) -> tuple[Directory,
             continue
         state = applied.state
         for event in applied.events:
-            what = NAMES[event.instance.id] if event.instance else event.service_meta.data if event.service_meta else "-"
+            what = (
+                NAMES[event.instance.id] if event.instance else event.service_meta.data if event.service_meta else "-"
+            )
             story.append(f"{event.kind} {what}")
     return state, story
 
@@ -82,7 +84,9 @@ OLDEST, MANUAL = CreateService("web", "oldest"), CreateService("web", "manual")
             ["up a", "leader a", "up b", "down a", "leader b", "up a", "down b", "leader a"],
             id="who comes back is the youngest",
         ),
-        pytest.param([OLDEST, RemoveInstance("web", A.id)], ["NotFound"], id="nothing to remove where nothing ever was"),
+        pytest.param(
+            [OLDEST, RemoveInstance("web", A.id)], ["NotFound"], id="nothing to remove where nothing ever was"
+        ),
         pytest.param(
             [OLDEST, put(A), RemoveInstance("web", A.id), RemoveInstance("web", A.id)],
             ["up a", "leader a", "down a", "leader -"],
@@ -117,7 +121,9 @@ OLDEST, MANUAL = CreateService("web", "oldest"), CreateService("web", "manual")
             ["service_meta 1", "service_meta 2", "PreconditionFailed", "service_meta 3"],
             id="compare-and-set",
         ),
-        pytest.param([OLDEST, ChooseLeader("web", A.id)], ["ValidationError"], id="oldest services choose for themselves"),
+        pytest.param(
+            [OLDEST, ChooseLeader("web", A.id)], ["ValidationError"], id="oldest services choose for themselves"
+        ),
         pytest.param([ChooseLeader("web", A.id)], ["ValidationError"], id="no leader for an unknown service"),
         pytest.param(
             [MANUAL, put(A), put(B), ChooseLeader("web", B.id)], ["up a", "up b", "leader b"], id="a chosen leader"
