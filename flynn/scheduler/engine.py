@@ -83,6 +83,8 @@ CHECK_EVERY = timedelta(milliseconds=500)
 ROUTER_PATIENCE = timedelta(seconds=10)  # so long a job in service waits for routers that have not picked it up
 SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger leaves a formation wrong for good
 
+RESURRECTION = timedelta(seconds=3)  # for a host to show the successor of a job that it brings back by itself
+
 FORMATIONS = "formations"
 RECORDS = "records"
 
@@ -106,11 +108,12 @@ class Engine:
         self._out: list[Action] = []
         self._awaited: set[str] = set()  # what has to be listed before a new leader acts: see `_jobs_of`
         self._records: RecordsListed | None = None
-        self._dirty: set[FormationKey] = set()
+        self._dirty: dict[FormationKey, None] = {}  # dicts where sets would do: decisions repeat exactly from a seed
         self._received_at: dict[FormationKey, datetime] = {}
         self._ended: dict[tuple[FormationKey, str], list[Restart]] = defaultdict(list)
+        self._resurrecting: dict[tuple[FormationKey, str], list[datetime]] = {}  # until when successors are waited for
         self._to_place: dict[JobID, None] = {}
-        self._blocked: set[JobID] = set()
+        self._blocked: dict[JobID, None] = {}
         self._starting: set[JobID] = set()  # start requests under way
         self._stopping: set[tuple[JobID, HostID]] = set()  # stop requests under way
         self._checking: set[HostID] = set()
@@ -206,7 +209,7 @@ class Engine:
             return
         self.leader = True
         self._awaited |= {FORMATIONS, RECORDS} | {_jobs_of(host.id) for host in self.world.hosts.values()}
-        self._dirty.update(self.world.formations)
+        self._dirty.update(dict.fromkeys(self.world.formations))
         self._after(SWEEP_EVERY, now, "sweep")
         self._out.append(Resync())
         log.info("leading", extra={"hosts": len(self.world.hosts), "formations": len(self.world.formations)})
@@ -227,6 +230,7 @@ class Engine:
         self._starting.clear()
         self._stopping.clear()
         self._ended.clear()
+        self._resurrecting.clear()
         self._awaited -= {FORMATIONS, RECORDS}
 
     # Hosts
@@ -250,12 +254,12 @@ class Engine:
             self._hosts_changed()
 
     def _hosts_changed(self) -> None:
-        self._dirty.update(self.world.formations)
+        self._dirty.update(dict.fromkeys(self.world.formations))
         self._unblock()
 
     def _unblock(self) -> None:
         for id in list(self._blocked):
-            self._blocked.discard(id)
+            self._blocked.pop(id, None)
             job = self.world.jobs.get(id)
             if job is not None and job.state is JobState.BLOCKED:
                 unblocked, _ = job_state.advance(job, job_state.Unblocked())
@@ -306,8 +310,11 @@ class Engine:
 
     # Jobs
 
-    def _apply(self, job: Job, event: job_state.Event, now: datetime) -> Job:
-        """Advance a job, store it, and see to what follows from its new state."""
+    def _apply(self, job: Job, event: job_state.Event, now: datetime, *, resurrected: bool = False) -> Job:
+        """Advance a job, store it, and see to what follows from its new state.
+
+        `resurrected`: its host brings it back by itself, as another job that will be reported next.
+        """
         after, actions = job_state.advance(job, event)
         if after.state is not job.state and after.state not in job_state.MOVES[job.state]:
             raise RuntimeError(f"job {job.id} cannot go from {job.state} to {after.state} on {event}")
@@ -321,14 +328,14 @@ class Engine:
                     case job_state.StopOnHost(host, id):
                         self._stop(id, host)
         if after.state is not job.state:
-            self._state_changed(job, after, now)
+            self._state_changed(job, after, now, resurrected)
         return after
 
-    def _state_changed(self, before: Job, after: Job, now: datetime) -> None:
+    def _state_changed(self, before: Job, after: Job, now: datetime, resurrected: bool) -> None:
         if after.in_formation:
-            self._dirty.add(after.key)
+            self._dirty[after.key] = None
         if after.state is JobState.BLOCKED:
-            self._blocked.add(after.id)
+            self._blocked[after.id] = None
             log.info("job blocked", extra={"job": after.id, "type": after.type, "reason": after.reason})
         if after.state is JobState.STOPPED:
             self.board.forget(after.id)
@@ -336,6 +343,9 @@ class Engine:
             self._release_volumes(after)
             if self.leader and before.state is not JobState.STOPPING and after.in_formation and before.host:
                 self._ended[after.key, after.type].append(restart_of(after, now))
+                if resurrected:
+                    self._resurrecting.setdefault((after.key, after.type), []).append(now + RESURRECTION)
+                    self._after(RESURRECTION, now, "successor missing")
             log.info(
                 "job stopped",
                 extra={"job": after.cluster_id or after.id, "exit_status": after.exit_status, "reason": after.reason},
@@ -360,6 +370,8 @@ class Engine:
                 self.world.put_job(ended)
                 return
             self.world.put_job(job)
+            if awaited := self._resurrecting.get((job.key, job.type)):
+                awaited.pop(0)
         host = report.host
         event: job_state.Event
         match report.status:
@@ -371,7 +383,7 @@ class Engine:
                 event = job_state.HostEnded(
                     host, report.started_at, report.ended_at, report.exit_status, report.error, now
                 )
-        after = self._apply(job, event, now)
+        after = self._apply(job, event, now, resurrected=report.resurrected)
         if after.host != host:
             return
         if not report.status.down:
@@ -429,11 +441,11 @@ class Engine:
     def _service_listed(self, service: str, jobs: frozenset[JobID], now: datetime) -> None:
         before = self._listed_in.get(service, frozenset())
         self._listed_in[service] = jobs
-        for id in before - jobs:
+        for id in sorted(before - jobs):
             self._service_since.pop(id, None)
-        for id in jobs - before:
+        for id in sorted(jobs - before):
             self._service_since[id] = now
-        for id in jobs:
+        for id in sorted(jobs):
             self._check_ready(id, now)
 
     def _check_ready(self, id: JobID, now: datetime) -> None:
@@ -516,7 +528,7 @@ class Engine:
             case formations.Accepted(formation, changed):
                 self.world.formations[key] = formation
                 if changed:
-                    self._dirty.add(key)
+                    self._dirty[key] = None
         self._formations_changed = True
 
     def _formations_listed(self, event: FormationsListed, now: datetime) -> None:
@@ -574,7 +586,7 @@ class Engine:
             # Left behind by the leader before: it keeps its restart count and its waiting time.
             self.world.put_job(replace(job, state=JobState.PENDING, reason=""))
             self._to_place[job.id] = None
-            self._dirty.add(key)
+            self._dirty[key] = None
         else:
             self._out.append(PersistJob(job))
 
@@ -584,7 +596,7 @@ class Engine:
         # Stopping a job that never ran ends it at once, which marks its formation again: a second look then finds
         # its scale request fulfilled. A third one finds nothing new.
         for _ in range(3):
-            dirty, self._dirty = self._dirty, set()
+            dirty, self._dirty = self._dirty, {}
             self._reconcile_all(dirty, now)
 
     def _reconcile_all(self, keys: Iterable[FormationKey], now: datetime) -> None:
@@ -595,14 +607,16 @@ class Engine:
             for decision in reconcile(formation, self.world.jobs_of(key), self.world.hosts):
                 match decision:
                     case Create(type, count):
-                        self._create(formation, type, count, now)
+                        awaited = [until for until in self._resurrecting.get((key, type), ()) if until > now]
+                        self._create(formation, type, count - len(awaited), now)
                     case Stop(id, reason):
                         self._apply(self.world.jobs[id], job_state.StopWanted(reason), now)
                     case CompleteScale(request):
                         self._out.append(CompleteScaleRequest(key, request))
                         self.world.formations[key] = replace(formation, scale_request=None)
             for type in formation.release.processes:
-                self._ended.pop((key, type), None)  # what was not replaced now was not wanted any more
+                if (key, type) not in self._resurrecting:
+                    self._ended.pop((key, type), None)  # what was not replaced now was not wanted any more
 
     def _create(self, formation: Formation, type: str, count: int, now: datetime) -> None:
         ended = self._ended.get((formation.key, type), [])
@@ -744,9 +758,13 @@ class Engine:
                     host = self.world.hosts.get(HostID(id))
                     if host is not None and not host.healthy:
                         self._suspect(host.id)
+                case "successor missing":
+                    self._dirty.update(dict.fromkeys(key for key, _ in self._resurrecting))
+                    left = {which: [u for u in until if u > now] for which, until in self._resurrecting.items()}
+                    self._resurrecting = {which: until for which, until in left.items() if until}
                 case "sweep":
                     self.world.prune(now)
-                    self._dirty.update(self.world.formations)
+                    self._dirty.update(dict.fromkeys(self.world.formations))
                     if self.leader:
                         self._after(SWEEP_EVERY, now, "sweep")
                 case _:

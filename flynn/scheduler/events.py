@@ -59,6 +59,7 @@ class JobReport:
     meta: Mapping[str, str] | None = None
     exit_status: int | None = None
     error: str | None = None
+    resurrected: bool = False  # it ended, and its host brings it back by itself, as another job
 
 
 @dataclass(frozen=True, slots=True)

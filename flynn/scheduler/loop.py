@@ -18,6 +18,7 @@ from flynn.aio.clock import Clock
 from flynn.aio.supervisor import Spawn, TaskSet
 from flynn.discoverd.registry import Registry
 from flynn.jobspec import split_job_id
+from flynn.router.client import RouterEvent, RouterEventKind
 from flynn.scheduler import wire
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.events import (
@@ -401,17 +402,8 @@ class SchedulerLoop:
                 async with self._dial_router(instance) as events:
                     async for event in events:
                         delays = RECONNECT.delays()
-                        parts = split_job_id(event.job_id)
-                        job = JobID(parts[1]) if parts is not None else None
-                        match event.event:
-                            case "set":
-                                await self.tell(RouteSet(router, event.service))
-                            case "remove":
-                                await self.tell(RouteRemoved(router, event.service))
-                            case "backend-up" if job is not None:
-                                await self.tell(BackendUp(router, event.service, job))
-                            case "backend-drained" if job is not None:
-                                await self.tell(BackendDrained(router, job))
+                        if (news := _router_news(router, event)) is not None:
+                            await self.tell(news)
             except NotFound:
                 pause = ROUTERS_WITHOUT_EVENTS.total_seconds()
             except ApiError as error:
@@ -492,6 +484,21 @@ def _seen(host: HostID, instance: Instance) -> HostSeen:
         if key.startswith(wire.TAG_PREFIX)
     }
     return HostSeen(host, tags, shutting_down=wire.SHUTDOWN in instance.meta)
+
+
+def _router_news(router: RouterID, event: RouterEvent) -> Event | None:
+    parts = split_job_id(event.backend.job_id) if event.backend is not None else None
+    match event.event:
+        case RouterEventKind.SET if event.route is not None and event.route.drain_backends:
+            # Of services that are not drained routers tell no backends: nothing could be waited for.
+            return RouteSet(router, event.route.service)
+        case RouterEventKind.REMOVE if event.route is not None:
+            return RouteRemoved(router, event.route.service)
+        case RouterEventKind.BACKEND_UP if event.backend is not None and parts is not None:
+            return BackendUp(router, event.backend.service, JobID(parts[1]))
+        case RouterEventKind.BACKEND_DRAINED if parts is not None:
+            return BackendDrained(router, JobID(parts[1]))
+    return None
 
 
 def _job_of(meta: Mapping[str, str]) -> JobID | None:

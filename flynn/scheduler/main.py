@@ -24,19 +24,23 @@ from flynn.host.client import HostClient
 from flynn.http.client import HttpClient
 from flynn.http.server import Api, Request, listen
 from flynn.identity import INSIDERS, Identity
+from flynn.router.client import Router, RouterEvent, RouterEventKind
 from flynn.scheduler import wire
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
 from flynn.scheduler.model import HostID
-from flynn.types.codec import Wire, always
 from flynn.types.instance import Instance
-from flynn.types.route import Route
 from flynn.types.status import Status
 
 COMPONENT = "scheduler"
 GRACE = timedelta(seconds=10)
 LAST_WORDS = timedelta(seconds=3)  # for updates that the controller has not been told yet
-ROUTER_EVENTS = "/events?types=set,remove,backend-up,backend-drained"
+ROUTER_EVENTS = (
+    RouterEventKind.SET,
+    RouterEventKind.REMOVE,
+    RouterEventKind.BACKEND_UP,
+    RouterEventKind.BACKEND_DRAINED,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +68,6 @@ def configure(environ: Mapping[str, str]) -> Config:
     )
 
 
-class RoutedBackend(Wire):
-    service: str = always("")
-    addr: str = always("")
-    app: str = always("")
-    job_id: str = always("")
-
-
-class RouterItem(Wire):
-    """An item of a router's event stream."""
-
-    event: str = always("")
-    route: Route | None = None
-    backend: RoutedBackend | None = None
-
-    @property
-    def service(self) -> str:
-        return self.backend.service if self.backend is not None else self.route.service if self.route else ""
-
-    @property
-    def job_id(self) -> str:
-        return self.backend.job_id if self.backend is not None else ""
-
-
 @asynccontextmanager
 async def running(environ: Mapping[str, str]) -> AsyncIterator[None]:
     config = configure(environ)
@@ -98,10 +79,9 @@ async def running(environ: Mapping[str, str]) -> AsyncIterator[None]:
             yield HostClient(http)
 
     @asynccontextmanager
-    async def dial_router(instance: Instance) -> AsyncIterator[AsyncIterator[RouterItem]]:
+    async def dial_router(instance: Instance) -> AsyncIterator[AsyncIterator[RouterEvent]]:
         async with HttpClient(f"https://{instance.addr}", tls=identity) as http:
-            async with http.subscribed(ROUTER_EVENTS, RouterItem) as events:
-                yield events
+            yield Router(http).events(ROUTER_EVENTS, replay_routes=True)
 
     engine = Engine(Random(), lambda: str(uuid.uuid4()))
     own = instance_from_environment(environ, config.port, "https")

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Protocol
 
+from flynn.router.client import RouterEvent
 from flynn.scheduler.model import HostID
 from flynn.types.codec import ZERO_TIME
 from flynn.types.formation import ExpandedFormation, ScaleRequest
@@ -39,17 +40,6 @@ class HostApi(Protocol):
     async def deregister_job(self, job_id: str) -> None: ...
     async def volumes(self) -> list[VolumeInfo]: ...
     async def create_volume(self, request: VolumeRequest) -> VolumeInfo: ...
-
-
-class RouterEvent(Protocol):
-    """One item of a router's event stream."""
-
-    @property
-    def event(self) -> str: ...
-    @property
-    def service(self) -> str: ...
-    @property
-    def job_id(self) -> str: ...
 
 
 class HostDialer(Protocol):

@@ -77,6 +77,7 @@ def report(host: HostID, active: ActiveJob) -> JobReport | None:
         meta=jobspec.public_meta(meta),
         exit_status=active.exit_status,
         error=active.error,
+        resurrected=active.status.down and active.job.resurrect and not active.force_stop,
     )
 
 

@@ -29,16 +29,16 @@ class World:
         self.formations: dict[FormationKey, Formation] = {}
         self.volumes: dict[VolumeID, Volume] = {}
         self._jobs_of: dict[FormationKey, dict[JobID, Job]] = defaultdict(dict)
-        self._jobs_on: dict[HostID, set[JobID]] = defaultdict(set)
+        self._jobs_on: dict[HostID, dict[JobID, None]] = defaultdict(dict)  # dicts where sets would do: order is kept
         self._volumes_of: dict[tuple[str, str, str], dict[VolumeID, Volume]] = defaultdict(dict)
-        self._volumes_used: dict[JobID, set[VolumeID]] = defaultdict(set)
+        self._volumes_used: dict[JobID, dict[VolumeID, None]] = defaultdict(dict)
 
     def put_job(self, job: Job) -> None:
         before = self.jobs.get(job.id)
         if before is not None and before.host is not None and before.host != job.host:
-            self._jobs_on[before.host].discard(job.id)
+            self._jobs_on[before.host].pop(job.id, None)
         if job.host is not None:
-            self._jobs_on[job.host].add(job.id)
+            self._jobs_on[job.host][job.id] = None
         self.jobs[job.id] = job
         self._jobs_of[job.key][job.id] = job
 
@@ -46,7 +46,7 @@ class World:
         job = self.jobs.pop(id)
         self._jobs_of[job.key].pop(id, None)
         if job.host is not None:
-            self._jobs_on[job.host].discard(id)
+            self._jobs_on[job.host].pop(id, None)
 
     def jobs_of(self, key: FormationKey) -> Collection[Job]:
         return self._jobs_of[key].values() if key in self._jobs_of else ()
@@ -57,9 +57,9 @@ class World:
     def put_volume(self, volume: Volume) -> None:
         before = self.volumes.get(volume.id)
         if before is not None and before.job is not None:
-            self._volumes_used[before.job].discard(volume.id)
+            self._volumes_used[before.job].pop(volume.id, None)
         if volume.job is not None:
-            self._volumes_used[volume.job].add(volume.id)
+            self._volumes_used[volume.job][volume.id] = None
         self.volumes[volume.id] = volume
         self._volumes_of[volume.app, volume.release, volume.type][volume.id] = volume
 
@@ -67,7 +67,7 @@ class World:
         volume = self.volumes.pop(id)
         self._volumes_of[volume.app, volume.release, volume.type].pop(id, None)
         if volume.job is not None:
-            self._volumes_used[volume.job].discard(id)
+            self._volumes_used[volume.job].pop(id, None)
 
     def volumes_of(self, key: FormationKey, type: str) -> list[Volume]:
         return list(self._volumes_of.get((key.app, key.release, type), {}).values())

@@ -109,7 +109,7 @@ class Simulation:
         end = self.now + timedelta(seconds=seconds)
         while True:
             dues = [max(due, self.now) for engine in self.engines if (due := engine.next_due()) is not None]
-            moments = dues + [self.agenda[0][0]] if self.agenda else dues
+            moments = [*dues, self.agenda[0][0]] if self.agenda else dues
             if not moments or min(moments) > end:
                 break
             self.now = min(moments)
@@ -191,9 +191,10 @@ class Simulation:
         if refused and (not host.reachable or self.random.random() < 0.7):
             self.tell(StartDone(job.id, host.id, (), "refused"), n)
             return
+        if any(set(other.volumes) & {v.id for v in volumes} for other in host.active() if other.id != job.id):
+            self.tell(StartDone(job.id, host.id, (), "volume in use"), n)
+            return
         for volume in volumes:
-            others = [j for j in host.active() if volume.id in j.volumes and j.id != job.id]
-            assert not others, "a volume is used by one job at a time"
             host.volumes[volume.id] = replace(volume, state=VolumeState.CREATED, created_at=self.now, job=None)
         if job.id not in host.jobs:
             self.report(

@@ -1,0 +1,194 @@
+"""The shell: streams in, requests out, with a real directory and neighbours that answer from memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from itertools import count
+from random import Random
+
+import pytest
+
+from flynn.aio.broadcast import Broadcast
+from flynn.aio.clock import SystemClock
+from flynn.aio.supervisor import TaskSet, supervisor
+from flynn.discoverd.memory import MemoryRegistry
+from flynn.router.client import RouterEvent
+from flynn.scheduler.engine import Engine
+from flynn.scheduler.loop import HOST_SERVICE, SERVICE, SchedulerLoop
+from flynn.scheduler.model import HostID
+from flynn.types.app import App
+from flynn.types.codec import ZERO_TIME, replace
+from flynn.types.errors import NotFound, Unreachable
+from flynn.types.formation import ExpandedFormation, ScaleRequest
+from flynn.types.host import ActiveJob, HostJob, HostStatus, JobEvent, JobEventKind, JobStatus
+from flynn.types.instance import Instance
+from flynn.types.job import Job
+from flynn.types.release import ProcessType, Release
+from flynn.types.volume import Volume, VolumeInfo, VolumeRequest
+
+WEB = Release(id="rel", processes={"web": ProcessType(service="shop-web")})
+
+
+class MemoryHost:
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.running: dict[str, ActiveJob] = {}
+        self.calls: list[str] = []
+        self.events: Broadcast[JobEvent] = Broadcast()
+
+    async def status(self) -> HostStatus:
+        return HostStatus(id=self.id)
+
+    async def jobs(self) -> dict[str, ActiveJob]:
+        return dict(self.running)
+
+    async def job(self, job_id: str) -> ActiveJob:
+        if job_id not in self.running:
+            raise NotFound()
+        return self.running[job_id]
+
+    @asynccontextmanager
+    async def subscribed(self) -> AsyncIterator[AsyncIterator[JobEvent]]:
+        async with self.events.subscribe() as events:
+            yield events
+
+    async def add_job(self, job: HostJob) -> None:
+        self.calls.append("add")
+        self._set(JobEventKind.START, ActiveJob(job=job, status=JobStatus.RUNNING, started_at=datetime.now(UTC)))
+
+    async def deregister_job(self, job_id: str) -> None:
+        self.calls.append("deregister")
+
+    async def stop_job(self, job_id: str) -> None:
+        self.calls.append("stop")
+        self._set(JobEventKind.STOP, replace(self.running[job_id], status=JobStatus.DONE, ended_at=datetime.now(UTC)))
+
+    def _set(self, kind: JobEventKind, job: ActiveJob) -> None:
+        self.running[job.job.id] = job
+        self.events.send(JobEvent(event=kind, job_id=job.job.id, job=job))
+
+    async def volumes(self) -> list[VolumeInfo]:
+        return []
+
+    async def create_volume(self, request: VolumeRequest) -> VolumeInfo:
+        raise NotImplementedError
+
+
+class MemoryController:
+    def __init__(self) -> None:
+        self.formations: Broadcast[ExpandedFormation] = Broadcast()
+        self.told: list[str] = []
+        self.away = False
+
+    async def follow_formations(self, since: datetime = ZERO_TIME) -> AsyncIterator[ExpandedFormation]:
+        async with self.formations.subscribe() as changes:
+            yield ExpandedFormation()
+            async for change in changes:
+                yield change
+
+    async def follow_volumes(self, since: datetime = ZERO_TIME) -> AsyncIterator[Volume]:
+        await asyncio.Event().wait()
+        yield Volume()
+
+    async def active_formations(self) -> list[ExpandedFormation]:
+        return []
+
+    async def active_jobs(self) -> list[Job]:
+        return []
+
+    async def put_job(self, job: Job) -> Job:
+        if self.away:
+            raise Unreachable("away")
+        self.told.append(job.state)
+        return job
+
+    async def put_volume(self, volume: Volume) -> Volume:
+        return volume
+
+    async def put_scale_request(self, request: ScaleRequest) -> ScaleRequest:
+        self.told.append(f"scale {request.state}")
+        return request
+
+
+class World:
+    def __init__(self) -> None:
+        self.registry = MemoryRegistry()
+        self.controller = MemoryController()
+        self.host = MemoryHost("h1")
+
+    def scale(self, web: int) -> None:
+        request = ScaleRequest(id="s1", app="shop", release="rel", state="pending")
+        self.controller.formations.send(
+            ExpandedFormation(
+                app=App(id="shop", name="shop"),
+                release=WEB,
+                processes={"web": web},
+                pending_scale_request=request,
+                updated_at=datetime.now(UTC),
+            )
+        )
+
+    async def eventually(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not holds():
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    ids = count(1)
+
+    @asynccontextmanager
+    async def dial_host(host: HostID, instance: Instance) -> AsyncIterator[MemoryHost]:
+        yield world.host
+
+    @asynccontextmanager
+    async def dial_router(instance: Instance) -> AsyncIterator[AsyncIterator[RouterEvent]]:
+        raise NotFound()
+        yield
+
+    await world.registry.create(HOST_SERVICE)
+    await world.registry.register(HOST_SERVICE, Instance.at("10.0.0.1:1113", "http", {"id": "h1", "tag:disk": "ssd"}))
+    await world.registry.create("shop-web")
+    own = Instance.at("10.0.0.9:5000", "https")
+    async with TaskSet() as tasks, supervisor() as spawn:
+        engine = Engine(Random(1), lambda: f"u{next(ids)}")
+        loop = SchedulerLoop(engine, world.registry, world.controller, dial_host, dial_router, SystemClock(), tasks)
+        loop.start(spawn)
+        await loop.caught_up()
+        async with world.registry.registered(SERVICE, own):
+            spawn("watch leader", loop.watch_leader(own))
+            yield world
+
+
+async def test_a_job_starts_is_up_with_its_service_and_leaves_service_before_it_is_stopped(world: World) -> None:
+    world.scale(1)
+    await world.eventually(lambda: "starting" in world.controller.told)
+    (job_id,) = world.host.running
+    assert job_id == "h1-u1"
+    assert world.controller.told == ["pending", "starting"]
+
+    web = Instance.at("10.1.0.2:8080", "tcp", {"FLYNN_JOB_ID": job_id})
+    await world.registry.register("shop-web", web)
+    await world.eventually(lambda: "scale complete" in world.controller.told)
+    assert world.controller.told == ["pending", "starting", "up", "scale complete"]
+
+    world.scale(0)
+    await world.eventually(lambda: "down" in world.controller.told)
+    assert world.host.calls == ["add", "deregister", "stop"]
+    # The request is complete when nothing of it runs in service any more; the end itself is told when it comes.
+    await world.eventually(lambda: len(world.controller.told) == 7)
+    assert sorted(world.controller.told[4:]) == ["down", "scale complete", "stopping"]
+
+
+async def test_a_controller_that_is_away_does_not_keep_jobs_from_starting(world: World) -> None:
+    world.controller.away = True
+    world.scale(1)
+    await world.eventually(lambda: len(world.host.running) == 1)
+    assert world.controller.told == []
+    world.controller.away = False
+    await world.eventually(lambda: world.controller.told == ["pending", "starting"])
