@@ -65,36 +65,51 @@ def layout_from(mountinfo: str) -> Layout:
 class Steps:
     """What init does about cgroups: make `directories`, write `values` (path, text), join by writing 0 to `joins`.
 
+    `optional` are values for files a kernel may not have (swap accounting).
+
     `views` are (name below /sys/fs/cgroup, directory): what the container sees of them.
     `oom_counter` is the file whose `oom_kill` line counts; `oom_control` the v1 file to register an eventfd with.
     """
 
     directories: tuple[str, ...]
     values: tuple[tuple[str, str], ...]
+    optional: tuple[tuple[str, str], ...]
     joins: tuple[str, ...]
     views: tuple[tuple[str, str], ...]
     oom_counter: str
     oom_control: str | None
+    device_rules: bool  # whether the devices allowed are among the values
 
 
 def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
     below = f"{root}/{spec.partition}/{spec.id}"
     limits = spec.limits
     values: list[tuple[str, str]] = []
+    optional: list[tuple[str, str]] = []
     if layout.v2:
         group = f"{layout.v2}/{below}"
         if limits.memory_bytes is not None:
-            values += [(f"{group}/memory.max", str(limits.memory_bytes)), (f"{group}/memory.swap.max", "0")]
+            values.append((f"{group}/memory.max", str(limits.memory_bytes)))
+            optional.append((f"{group}/memory.swap.max", "0"))
         if limits.cpu_shares is not None:
             values.append((f"{group}/cpu.weight", str(weight_from_shares(limits.cpu_shares))))
         if limits.pids is not None:
             values.append((f"{group}/pids.max", str(limits.pids)))
         return Steps(
-            (group,), tuple(values), (f"{group}/cgroup.procs",), (("", group),), f"{group}/memory.events", None
+            directories=(group,),
+            values=tuple(values),
+            optional=tuple(optional),
+            joins=(f"{group}/cgroup.procs",),
+            views=(("", group),),
+            oom_counter=f"{group}/memory.events",
+            oom_control=None,
+            device_rules=False,
         )
     groups = {controller: f"{mount}/{below}" for controller, mount in layout.v1.items()}
     if limits.memory_bytes is not None:
         values.append((f"{groups['memory']}/memory.limit_in_bytes", str(limits.memory_bytes)))
+        # Memory and swap together: as much as memory alone, so no swap.
+        optional.append((f"{groups['memory']}/memory.memsw.limit_in_bytes", str(limits.memory_bytes)))
     if limits.cpu_shares is not None and "cpu" in groups:
         values.append((f"{groups['cpu']}/cpu.shares", str(limits.cpu_shares)))
     if limits.pids is not None and "pids" in groups:
@@ -105,12 +120,14 @@ def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
         values += [(f"{groups['devices']}/devices.allow", rule) for rule in allowed]
     directories = tuple(dict.fromkeys(groups.values()))
     return Steps(
-        directories,
-        tuple(values),
-        tuple(f"{directory}/cgroup.procs" for directory in directories),
-        tuple(groups.items()),
-        f"{groups['memory']}/memory.oom_control",
-        f"{groups['memory']}/cgroup.event_control",
+        directories=directories,
+        values=tuple(values),
+        optional=tuple(optional),
+        joins=tuple(f"{directory}/cgroup.procs" for directory in directories),
+        views=tuple(groups.items()),
+        oom_counter=f"{groups['memory']}/memory.oom_control",
+        oom_control=f"{groups['memory']}/cgroup.event_control",
+        device_rules="devices" in groups,
     )
 
 

@@ -24,6 +24,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import termios
 
 from flynn.host.runtime import kernel, netlink, process, rootfs
@@ -32,6 +33,7 @@ from flynn.host.runtime.plan import FILE, Plan, load
 SOCKET = "init.sock"
 EXIT_FILE = "exit"
 REST_PREFIX = "rest."
+ABANDONED_MS = 60_000  # a daemon that died between create and resume is back in seconds, or does not know of this one
 OOM_RECHECKS = 10  # v1 announces before it kills; the counter is read again each 100 ms
 FORWARDED = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "WINCH", "CONT", "ALRM", "PIPE")
 
@@ -53,6 +55,8 @@ def main(directory: str, connection: socket.socket) -> None:
         else:
             init.greet(connection)
             code = init.serve()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # to init.log
     finally:
         os._exit(code)
 
@@ -109,6 +113,9 @@ class Init:
             os.makedirs(directory, exist_ok=True)
         for path, value in self.plan.cgroup_values:
             _write(path, value)
+        for path, value in self.plan.cgroup_optional:
+            if os.path.exists(path):
+                _write(path, value)
         for path in self.plan.cgroup_joins:
             _write(path, "0")
         self.members = os.open(self.plan.cgroup_joins[0], os.O_RDONLY | os.O_CLOEXEC)
@@ -178,7 +185,11 @@ class Init:
         for fd in self.connections:
             poll.register(fd, select.POLLIN)
         while True:
-            for fd, _ in poll.poll(100 if self.oom_rechecks else None):
+            happened = poll.poll(self._patience())
+            if not happened and self.state == "created" and not self.connections:
+                self.end("failed 0 abandoned by its daemon before it was started")
+                return 1
+            for fd, _ in happened:
                 if fd == self.wakeup:
                     status = self._on_signals(os.read(fd, 1024))
                     if status is not None:
@@ -199,6 +210,11 @@ class Init:
             if self.oom_rechecks:
                 self.oom_rechecks -= 1
                 self._report_oom()
+
+    def _patience(self) -> int | None:
+        if self.oom_rechecks:
+            return 100
+        return ABANDONED_MS if self.state == "created" and not self.connections else None
 
     def greet(self, connection: socket.socket) -> None:
         names = ",".join(self.ours) or "-"

@@ -35,9 +35,11 @@ class Plan:
     resolv_conf: bool  # there is a file of that name in `directory`
     hosts: str | None
     capabilities: int  # mask
+    nodev: bool  # device files in the root file system are dead: nothing else keeps a job off the host's disks
     devices: list[tuple[str, bool, int, int, int, int, int]]  # path, block?, major, minor, mode, uid, gid
     cgroup_directories: list[str]
     cgroup_values: list[tuple[str, str]]
+    cgroup_optional: list[tuple[str, str]]  # as values, for files that may be missing
     cgroup_joins: list[str]
     cgroup_views: list[tuple[str, str]]
     cgroups_writable: bool

@@ -73,17 +73,18 @@ def _enter_root(plan: Plan) -> None:
     # By descriptor, as the option string is limited to a page and layer ids are long.
     fds = [os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for directory in plan.lower]
     lower = ":".join(f"/proc/self/fd/{fd}" for fd in fds)
+    nodev = MS_NODEV if plan.nodev else 0
     if plan.writable is not None:
         for name in ("upper", "work"):
             os.makedirs(f"{plan.writable}/{name}", mode=0o755, exist_ok=True)
             fds.append(os.open(f"{plan.writable}/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         upper = f"upperdir=/proc/self/fd/{fds[-2]},workdir=/proc/self/fd/{fds[-1]}"
         # volatile: the write layer is thrown away with the job, so an fsync in it need not reach the disk.
-        kernel.mount("overlay", root, "overlay", options=f"lowerdir={lower},{upper},volatile")
+        kernel.mount("overlay", root, "overlay", nodev, f"lowerdir={lower},{upper},volatile")
     elif len(plan.lower) == 1:
         kernel.attach_mount(_open_bind(plan.lower[0], False), root)
     else:
-        kernel.mount("overlay", root, "overlay", flags=MS_RDONLY, options=f"lowerdir={lower}")
+        kernel.mount("overlay", root, "overlay", nodev | MS_RDONLY, f"lowerdir={lower}")
     for fd in fds:
         os.close(fd)
     os.chdir(root)

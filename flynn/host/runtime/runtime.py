@@ -100,7 +100,7 @@ def veth_name(container: str) -> str:
 
 def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
     """Work a spec out into what init carries out. Pure; raises ValueError for names nobody knows."""
-    network = spec.network
+    network, mknod = spec.network, kernel.capability_mask(("MKNOD",))
     return plans.Plan(
         {
             "directory": spec.directory,
@@ -120,7 +120,9 @@ def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
             and (veth_name(spec.id), network.bridge, network.address, network.prefix, network.gateway, network.mtu),
             "resolv_conf": spec.resolv_conf is not None,
             "hosts": spec.hosts,
-            "capabilities": kernel.capability_mask(spec.capabilities),
+            # v2 has no device rules (only BPF programs): there a job neither makes device files nor uses its image's.
+            "capabilities": kernel.capability_mask(spec.capabilities) & ~(0 if steps.device_rules else mknod),
+            "nodev": not steps.device_rules,
             "devices": [
                 (device.path, device.type == "b", device.major, device.minor, device.mode, device.uid, device.gid)
                 for device in spec.devices_created
@@ -128,6 +130,7 @@ def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
             ],
             "cgroup_directories": list(steps.directories),
             "cgroup_values": list(steps.values),
+            "cgroup_optional": list(steps.optional),
             "cgroup_joins": list(steps.joins),
             "cgroup_views": list(steps.views),
             "cgroups_writable": spec.writeable_cgroups,
@@ -506,10 +509,12 @@ class Runtime:
             container._connect(ours)
             async with asyncio.timeout(SET_UP_LIMIT):
                 await container._until(lambda: container._greeted or container._exit is not None)
-        except BaseException:
+        except BaseException as error:
             if container._connection is None:
                 ours.close()
             await self._undo(container)
+            if isinstance(error, TimeoutError):
+                raise StartFailed(f"container was not set up within {SET_UP_LIMIT:.0f} s") from error
             raise
         if container._exit is not None:
             await self._undo(container)
@@ -539,8 +544,12 @@ class Runtime:
         if connection is not None:
             container.pid = _peer_pid(connection)
             container._connect(connection)
-            async with asyncio.timeout(SET_UP_LIMIT):
-                await container._until(lambda: container._greeted or container._exit is not None)
+            try:
+                async with asyncio.timeout(SET_UP_LIMIT):
+                    await container._until(lambda: container._greeted or container._exit is not None)
+            except TimeoutError as error:
+                container.close()
+                raise ContainerError(f"init of container {spec.id} does not answer") from error
         if not container._greeted:
             end = _read_exit(directory)
             if end is None:

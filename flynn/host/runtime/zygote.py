@@ -29,7 +29,7 @@ def main(control_fd: int) -> None:
     gc.disable()  # it would only dirty pages shared by all inits
     control.send(b"ready")
     while True:
-        request, fds, _, _ = socket.recv_fds(control, 4096, 1)
+        request, fds, _, _ = socket.recv_fds(control, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         if not request:
             os._exit(0)
         connection = socket.socket(fileno=fds[0])

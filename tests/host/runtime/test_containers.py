@@ -196,6 +196,15 @@ class TestSurroundings:
         _, out, _ = await run(runtime, spec(f"ls -d /proc/{os.getpid()}; sleep 100 & exit 0", host_pid_namespace=True))
         assert out == f"/proc/{os.getpid()}\n"
 
+    async def test_no_descriptor_leaks_into_the_job(self, runtime: Runtime, spec: Make) -> None:
+        _, out, _ = await run(runtime, spec("ls /proc/self/fd", network=network(30), stdin=True))
+        assert out.split() == ["0", "1", "2", "3"]  # 3 is the directory being listed
+
+    async def test_many_at_once(self, runtime: Runtime, spec: Make) -> None:
+        specs = [spec(f"echo {n}", network=network(40 + n)) for n in range(20)]
+        results = await asyncio.gather(*(run(runtime, each) for each in specs))
+        assert [out for _, out, _ in results] == [f"{n}\n" for n in range(20)]
+
 
 class TestTerminal:
     async def test_size_and_control(self, runtime: Runtime, spec: Make) -> None:
