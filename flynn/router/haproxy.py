@@ -220,7 +220,7 @@ class Haproxy:
             reader, writer = await asyncio.open_unix_connection(str(socket))
             try:
                 writer.write(command.encode() + b"\n")
-                await writer.drain()
+                writer.write_eof()  # the master answers until we are done, not once
                 return (await reader.read(-1)).decode(errors="replace")
             finally:
                 writer.close()

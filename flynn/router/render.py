@@ -304,6 +304,7 @@ def _defaults() -> Iterator[str]:
         "",
         "defaults http_frontend from base",
         "    mode tcp",
+        "    option abortonclose",  # in front end and backend both: only then a client that left is noticed
         "    option http-no-delay",
         # Method, backend, server, bytes and so on are for flynn.router.accesslog, which reads them by position.
         '    log-format "%[var(txn.start)] %Tt %ci:%cp %ft %b %s %B %ts %rc %[var(txn.status)] %[var(txn.id)]'

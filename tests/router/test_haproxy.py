@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import itertools
 import re
 import ssl
+import warnings
 from collections.abc import Awaitable, Callable
 
 import pytest
-from tests.router.conftest import Backend, Head, Reply, Router, free_port, make_pair
 
 from flynn.router.haproxy import Invalid
 from flynn.router.render import render
 from flynn.router.table import match
 from flynn.types.codec import replace
 from flynn.types.route import Certificate, Route
+from tests.router.conftest import Backend, Head, Reply, Router, free_port, make_pair
 
 pytestmark = pytest.mark.slow
 
@@ -113,9 +116,7 @@ async def test_headers_for_the_backend(router: Router, backend: Make) -> None:
         ("a" * 20 + "*", False),
     ],
 )
-async def test_request_ids_of_clients_are_kept_when_sane(
-    router: Router, backend: Make, given: str, kept: bool
-) -> None:
+async def test_request_ids_of_clients_are_kept_when_sane(router: Router, backend: Make, given: str, kept: bool) -> None:
     one = await backend("one")
     router.routes = [http("a.test", "web")]
     await router.serve("web", one)
@@ -216,6 +217,7 @@ async def test_a_leaving_backend_finishes_its_request_and_is_deleted_then(router
     assert (await router.haproxy.stats())[ref].in_flight == 1
     release.set()
     assert (await request).body == b"abcd"
+    await old.stop()  # an idle connection to it would keep the entry a little longer
     async with asyncio.timeout(10):
         while ref in await router.haproxy.stats():
             await router.haproxy.reap()
@@ -339,14 +341,15 @@ async def test_a_backend_notices_that_its_client_left(router: Router, backend: M
     gone = asyncio.Event()
 
     async def wait(backend: Backend, head: Head, reader: asyncio.StreamReader, writer: object) -> bool:
-        assert await reader.read(1) == b""
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read(1) == b""
         gone.set()
         return False
 
     one = await backend("one", wait)
     router.routes = [http("a.test", "web")]
     await router.serve("web", one)
-    reader, writer = await asyncio.open_connection("127.0.0.1", router.settings.http_port)
+    _, writer = await asyncio.open_connection("127.0.0.1", router.settings.http_port)
     writer.write(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
     while not one.heads:
         await asyncio.sleep(0.01)
@@ -358,15 +361,14 @@ async def test_a_backend_notices_that_its_client_left(router: Router, backend: M
 # Upgrades
 
 
-async def test_a_websocket_is_a_tunnel_also_on_a_used_connection(router: Router, backend: Make) -> None:
-    async def accept(
-        backend: Backend, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
+@pytest.mark.parametrize("protocol", ["websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "my-protocol/7"])
+async def test_an_upgrade_is_a_tunnel_also_on_a_used_connection(router: Router, backend: Make, protocol: str) -> None:
+    async def accept(backend: Backend, head: Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if "upgrade" not in head.headers:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             return True
-        assert head.headers["upgrade"] == "websocket"
-        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello")
+        lines = f"Connection: Upgrade\r\nUpgrade: {head.headers['upgrade']}\r\n\r\nhello"
+        writer.write(f"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: x\r\n{lines}".encode())
         while data := await reader.read(100):
             writer.write(data.upper())
         return False
@@ -376,7 +378,8 @@ async def test_a_websocket_is_a_tunnel_also_on_a_used_connection(router: Router,
     reader, writer = await asyncio.open_connection("127.0.0.1", router.settings.http_port)
     writer.write(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
     assert (await Reply.read(reader)).status == 200
-    writer.write(b"GET /ws HTTP/1.1\r\nHost: a.test\r\nConnection: keep-alive, UpGrade\r\nUpgrade: websocket\r\n\r\n")
+    head = f"GET /ws HTTP/1.1\r\nHost: a.test\r\nConnection: keep-alive, UpGrade\r\nUpgrade: {protocol}\r\n\r\n"
+    writer.write(head.encode())
     async with asyncio.timeout(5):
         assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
         assert await reader.readexactly(5) == b"hello"
@@ -400,7 +403,7 @@ def client_context(*protocols: str) -> ssl.SSLContext:
 async def shown(router: Router, name: str | None, *protocols: str) -> tuple[str, str | None]:
     """The certificate (PEM) and the protocol a client with this SNI gets."""
     context = client_context(*protocols)
-    reader, writer = await asyncio.open_connection(
+    _, writer = await asyncio.open_connection(
         "127.0.0.1", router.settings.https_port, ssl=context, server_hostname=name or ""
     )
     found = writer.get_extra_info("ssl_object")
@@ -455,8 +458,11 @@ async def test_certificates_by_server_name(router: Router, backend: Make) -> Non
 async def test_old_tls_is_refused(router: Router) -> None:
     await router.apply()
     context = client_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1
-    context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises((ssl.SSLError, ConnectionError)):
         await asyncio.open_connection("127.0.0.1", router.settings.https_port, ssl=context, server_hostname="a.test")
 
@@ -482,19 +488,13 @@ async def test_http2(router: Router, backend: Make) -> None:
 async def test_an_invalid_configuration_changes_nothing(router: Router, backend: Make) -> None:
     router.routes = [http("a.test", "web")]
     await router.serve("web", await backend("one"))
-    broken = replace_settings(router, max_connections=-1)
+    broken = dataclasses.replace(router.settings, listen_ip="not an address")
     with pytest.raises(Invalid):
         await router.haproxy.apply(render(router.state, broken))
     assert (await router.ask("a.test")).body == b"one"
     router.routes.append(http("b.test", "web"))
     await router.apply()
     assert (await router.ask("b.test")).body == b"one"
-
-
-def replace_settings(router: Router, **changes: object):  # type: ignore[no-untyped-def]
-    import dataclasses
-
-    return dataclasses.replace(router.settings, **changes)  # type: ignore[arg-type]
 
 
 # TCP
