@@ -29,9 +29,10 @@ def main(control_fd: int) -> None:
     gc.disable()  # it would only dirty pages shared by all inits
     control.send(b"ready")
     while True:
-        request, fds, _, _ = socket.recv_fds(control, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        request, fds, _, _ = socket.recv_fds(control, 4096, 1)
         if not request:
             os._exit(0)
+        os.set_inheritable(fds[0], False)  # recv_fds does not, and a job holding this could speak for its init
         connection = socket.socket(fileno=fds[0])
         directory = request.decode()
         try:
