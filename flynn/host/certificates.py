@@ -48,7 +48,7 @@ class JobCertificates:
         self._holders[job.id] = holder
         return True
 
-    async def adopt(self, job: HostJob, addresses: Iterable[str], directory: Path) -> None:
+    def adopt(self, job: HostJob, addresses: Iterable[str], directory: Path) -> None:
         """Take over the renewal for a job of an earlier daemon."""
         if is_system_app(job):
             self._holders[job.id] = Holder(job, tuple(addresses), directory)

@@ -29,9 +29,9 @@ def wanted(job: ActiveJob) -> bool:
     return job.job.resurrect and not job.force_stop
 
 
-def successor(ended: ActiveJob, new_id: str) -> HostJob:
-    """Return the job that takes the place of `ended`."""
-    lived = ended.ended_at - ended.started_at if ended.started_at.year > 1 else timedelta()
+def successor(ended: ActiveJob, new_id: str, now: datetime) -> HostJob:
+    """Return the job that takes the place of one that ends now."""
+    lived = now - ended.started_at if ended.started_at.year > 1 else timedelta()
     restarts = 0 if lived >= STABLE_AFTER else restarts_of(ended.job) + 1
     env = dict(ended.job.config.env)
     if "FLYNN_JOB_ID" in env:

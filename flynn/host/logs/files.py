@@ -97,7 +97,9 @@ class LogReader:
         self._generation = log.generation
         self._descriptor: int | None = None
         self._rest = b""
-        if not history:
+        if history:
+            self.changed.set()
+        else:
             self._next_file()
             if self._descriptor is not None:
                 os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -174,6 +176,10 @@ class LogDirectory:
         """Return the ids of all apps with a log, on disk or open; without the jobs of no app."""
         names = {path.stem for path in self._directory.glob("*.log") if is_app_id(path.stem)}
         return sorted(names | {key for key in self._logs if key != NO_APP})
+
+    def open_apps(self) -> set[str]:
+        """Return the ids of the apps that have logged since the start of the daemon."""
+        return {key for key in self._logs if key != NO_APP}
 
     def stamp(self) -> Cursor:
         """Return the cursor of the next line: time never goes back within a daemon's life."""

@@ -1,0 +1,237 @@
+"""The host's HTTP API: a table of endpoints over the parts of the daemon. spec/host.md sections 3, 12 and 13."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from flynn.aio.broadcast import Broadcast, Overflowed
+from flynn.host.attaching import Attachments
+from flynn.host.jobs.book import JobBook
+from flynn.host.logs.sinks import Sinks
+from flynn.host.node import Node
+from flynn.host.runner import JobRunner
+from flynn.host.volumes.book import VolumeBook
+from flynn.http.server import Api, EventStream, Raw, Request, Streaming
+from flynn.identity.access import access
+from flynn.types.codec import decode, replace
+from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
+from flynn.types.host import (
+    ActiveJob,
+    AttachReq,
+    DiscoverdConfig,
+    HostJob,
+    HostStatus,
+    NetworkConfig,
+    ResourceCheck,
+    ResourceCheckPort,
+)
+from flynn.types.sink import Sink, SinkInfo
+from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeInfo, VolumeRequest
+
+OPERATORS = access("operator", "host", "app:controller")
+JOB_MAKERS = access("operator", "host", "app:controller", "app:gitreceive", "app:taffy")
+READERS = access("operator", "host", "app:*")  # who we are is no secret inside the platform
+NETWORKERS = access("operator", "host", "app:flannel")
+DIRECTORIES = access("operator", "host", "app:discoverd")
+HOSTS = access("operator", "host")
+
+EVENTS_BEHIND = 5000  # a reader this far behind is cut off; it relists when it comes back
+
+
+class HostApi:
+    """Handlers that decode, ask the part concerned, and return its answer."""
+
+    def __init__(
+        self,
+        *,
+        node: Node,
+        book: JobBook,
+        runner: JobRunner,
+        attachments: Attachments,
+        volumes: VolumeBook,
+        sinks: Sinks,
+    ) -> None:
+        self._node, self._book, self._runner = node, book, runner
+        self._attachments, self._volumes, self._sinks = attachments, volumes, sinks
+
+    def api(self) -> Api:
+        """Return the table of endpoints."""
+        api = Api("flynn-host")
+        api.route("GET", "/host/jobs", self._jobs, allow=JOB_MAKERS)
+        api.route("GET", "/host/jobs/{id}", self._job, allow=JOB_MAKERS)
+        api.route("PUT", "/host/jobs/{id}", self._add_job, allow=JOB_MAKERS)
+        api.route("DELETE", "/host/jobs/{id}", self._stop_job, allow=JOB_MAKERS)
+        api.route("PUT", "/host/jobs/{id}/signal/{signal}", self._signal_job, allow=JOB_MAKERS)
+        api.route("PUT", "/host/jobs/{id}/discoverd-deregister", self._deregister_job, allow=OPERATORS)
+        api.route("POST", "/attach", self._attach, allow=JOB_MAKERS)
+        api.route("GET", "/host/status", self._status, allow=READERS)
+        api.route("POST", "/host/discoverd", self._configure_discoverd, allow=DIRECTORIES)
+        api.route("POST", "/host/network", self._configure_network, allow=NETWORKERS)
+        api.route("POST", "/host/resource-check", self._resource_check, allow=OPERATORS)
+        api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
+        api.route("POST", "/storage/providers", self._create_provider, allow=HOSTS)
+        api.route("POST", "/storage/providers/{provider}/volumes", self._create_volume, allow=JOB_MAKERS)
+        api.route("GET", "/storage/volumes", self._list_volumes, allow=JOB_MAKERS)
+        api.route("GET", "/storage/volumes/{id}", self._volume, allow=JOB_MAKERS)
+        api.route("DELETE", "/storage/volumes/{id}", self._destroy_volume, allow=JOB_MAKERS)
+        api.route("PUT", "/storage/volumes/{id}/snapshot", self._snapshot_volume, allow=OPERATORS)
+        api.route("POST", "/storage/volumes/{id}/pull_snapshot", self._pull_snapshot, allow=OPERATORS)
+        api.route("GET", "/storage/volumes/{id}/send", self._send_volume, allow=HOSTS)
+        api.route("GET", "/sinks", self._list_sinks, allow=OPERATORS)
+        api.route("PUT", "/sinks/{id}", self._put_sink, allow=OPERATORS)
+        api.route("DELETE", "/sinks/{id}", self._delete_sink, allow=OPERATORS)
+        return api
+
+    # Jobs
+
+    async def _jobs(self, request: Request) -> dict[str, ActiveJob] | EventStream:
+        if request.accepts_events:
+            return await _stream(self._book.events)
+        jobs = self._book.jobs
+        if request.query("active") == "true":
+            return {job_id: job for job_id, job in jobs.items() if not job.status.down}
+        return dict(jobs)
+
+    async def _job(self, request: Request) -> ActiveJob | EventStream:
+        job_id = request.path("id")
+        if request.accepts_events:
+            return await _stream(self._book.events, of_job=job_id)
+        return self._book.find(job_id)
+
+    async def _add_job(self, request: Request) -> dict[str, Any]:
+        job = await request.body(HostJob)
+        await self._runner.add(job if job.id else replace(job, id=request.path("id")))
+        return {}
+
+    async def _stop_job(self, request: Request) -> None:
+        await self._runner.stop(request.path("id"))
+
+    async def _signal_job(self, request: Request) -> None:
+        try:
+            number = int(request.path("signal"))
+        except ValueError:
+            raise ValidationError("", "sig must be an integer", {"field": "sig"}) from None
+        await self._runner.signal(request.path("id"), number)
+
+    async def _deregister_job(self, request: Request) -> None:
+        await self._runner.deregister(request.path("id"))
+
+    async def _attach(self, request: Request) -> Raw | None:
+        try:
+            wanted = await request.body(AttachReq, any_content_type=True)
+        except ApiError:
+            return Raw(b"invalid JSON\n", "text/plain; charset=utf-8", 400)
+        connection = await request.upgrade("flynn-attach/0")
+        async with connection:
+            await self._attachments.serve(connection, wanted)
+        return None
+
+    # The host
+
+    async def _status(self, request: Request) -> HostStatus:
+        return self._node.status()
+
+    async def _configure_discoverd(self, request: Request) -> None:
+        await self._node.configure_discoverd(await request.body(DiscoverdConfig))
+
+    async def _configure_network(self, request: Request) -> None:
+        await self._node.configure_network(await request.body(NetworkConfig))
+
+    async def _resource_check(self, request: Request) -> dict[str, Any]:
+        conflicts = [port for port in (await request.body(ResourceCheck)).ports if not is_free(port)]
+        if conflicts:
+            raise Conflict("Conflicting resources found", {"ports": conflicts})
+        return {}
+
+    async def _set_tags(self, request: Request) -> None:
+        await self._node.set_tags(await request.body(dict[str, str]))
+
+    # Volumes
+
+    async def _create_provider(self, request: Request) -> ProviderSpec:
+        spec = await request.body(ProviderSpec)
+        if not spec.kind:
+            raise ValidationError("kind", "must not be blank")
+        if spec.kind != "zfs":
+            raise ValidationError("kind", f'"{spec.kind}" is not known')
+        raise ObjectExists("this host has its one provider: default")
+
+    async def _create_volume(self, request: Request) -> VolumeInfo:
+        raw = await request.raw()
+        wanted = decode(raw, VolumeRequest) if raw.strip() else VolumeRequest()
+        return await self._volumes.create(request.path("provider"), wanted)
+
+    async def _list_volumes(self, request: Request) -> list[VolumeInfo] | EventStream:
+        if request.accepts_events:
+            return await _stream(self._volumes.events)
+        return self._volumes.all()
+
+    async def _volume(self, request: Request) -> VolumeInfo:
+        return self._volumes.get(request.path("id"))
+
+    async def _destroy_volume(self, request: Request) -> None:
+        await self._volumes.destroy(request.path("id"))
+
+    async def _snapshot_volume(self, request: Request) -> VolumeInfo:
+        return await self._volumes.snapshot(request.path("id"))
+
+    async def _pull_snapshot(self, request: Request) -> VolumeInfo:
+        source = await request.body(PullCoordinate)
+        return await self._node.pull_snapshot(request.path("id"), source)
+
+    async def _send_volume(self, request: Request) -> Streaming:
+        kind = "application/vnd.zfs.snapshot-stream"
+        if kind not in request.header("Accept"):
+            raise ValidationError("", f"must be able to accept {kind}")
+        haves = await request.body(list[dict[str, str]])
+        ids = [have["snap_id"] for have in haves if "snap_id" in have]
+        self._volumes.get(request.path("id"))  # unknown is 404, not a stream that breaks off
+        return Streaming(self._volumes.send(request.path("id"), ids), kind)
+
+    # Sinks
+
+    async def _list_sinks(self, request: Request) -> list[Sink]:
+        return self._sinks.all()
+
+    async def _put_sink(self, request: Request) -> SinkInfo:
+        sink = await request.body(SinkInfo)
+        return await self._sinks.put(replace(sink, id=sink.id or request.path("id")))
+
+    async def _delete_sink(self, request: Request) -> dict[str, Any]:
+        await self._sinks.delete(request.path("id"))
+        return {}
+
+
+def is_free(port: ResourceCheckPort) -> bool:
+    """Tell whether nobody listens on a port of this host."""
+    kind = socket.SOCK_DGRAM if port.proto == "udp" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if kind is socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port.port))
+            if kind is socket.SOCK_STREAM:
+                probe.listen(1)
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
+async def _stream(events: Broadcast[Any], of_job: str | None = None) -> EventStream:
+    """Subscribe now, so that nothing is missed between the answer's headers and its first item."""
+    stack = AsyncExitStack()
+    subscription = await stack.enter_async_context(events.subscribe(EVENTS_BEHIND))
+
+    async def items() -> AsyncIterator[Any]:
+        async with stack:
+            try:
+                async for event in subscription:
+                    if of_job is None or event.job_id == of_job:
+                        yield event
+            except Overflowed as error:
+                raise ServiceUnavailable(f"the event stream fell behind: {error}") from error
+
+    return EventStream(items())

@@ -1,0 +1,1 @@
+"""Subcommands of `flynn-host`. spec/host.md section 17."""

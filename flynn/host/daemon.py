@@ -1,0 +1,195 @@
+"""The object graph of `flynn-host daemon`, in the order of its start; leaving undoes it in reverse.
+
+Leaving never ends a job: containers go on by themselves, and the next daemon takes them over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flynn.aio.clock import SystemClock
+from flynn.aio.supervisor import TaskSet, supervisor
+from flynn.daemon import ConfigError
+from flynn.host.api import HostApi
+from flynn.host.attaching import Attachments
+from flynn.host.certificates import JobCertificates
+from flynn.host.config import Config
+from flynn.host.discovery import Discovery
+from flynn.host.enrolment import authority, ensure_certificate
+from flynn.host.jobs.admission import volumes_in_use
+from flynn.host.jobs.book import JobBook
+from flynn.host.jobs.environment import HostFacts
+from flynn.host.layers import LayerStore
+from flynn.host.live import LiveJobs
+from flynn.host.logs.files import LogDirectory
+from flynn.host.logs.sinks import Sinks
+from flynn.host.networking import NodeNetwork
+from flynn.host.node import Node
+from flynn.host.runner import JobRunner
+from flynn.host.runtime.layers import LayerMounts
+from flynn.host.runtime.runtime import Runtime
+from flynn.host.runtime.scratch import ScratchPool
+from flynn.host.state import StateInUse, StateStore
+from flynn.host.supervision import Machine
+from flynn.host.volumes.book import VolumeBook
+from flynn.host.volumes.directory import DirectoryProvider
+from flynn.host.volumes.provider import VolumeProvider
+from flynn.host.volumes.zfs import ZfsProvider
+from flynn.http.client import HttpClient
+from flynn.http.server import listen
+from flynn.identity import Identity
+from flynn.types.errors import NotFound
+from flynn.types.host import HostJob
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+DISCOVERD_ZONE = ".discoverd"
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[None]:
+    """Be the host: restore what ran, serve the API, follow the cluster."""
+    clock = SystemClock()
+    key = _admin_key(config)
+    certificate_authority = authority(config.identity_dir)
+    ensure_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock.now())
+    identity = Identity.load(config.identity_dir)
+    try:
+        store = StateStore(config.state_dir / "host.db")
+    except StateInUse as error:
+        raise ConfigError(f"--state-dir: {error}") from error
+    async with AsyncExitStack() as stack:
+        stack.callback(store.close)
+        logs = LogDirectory(config.log_dir)
+        stack.callback(logs.close)
+        discovery = Discovery(identity)
+        stack.push_async_callback(discovery.close)
+        network = NodeNetwork(bridge_name=config.bridge_name, external_ip=config.external_ip)
+        runtime = Runtime(
+            state_dir=config.state_dir, cgroup_root=config.cgroup_root, partitions=dict(config.partitions)
+        )
+        await stack.enter_async_context(runtime)
+        scratch = await stack.enter_async_context(ScratchPool(config.state_dir / "scratch"))
+        tasks = await stack.enter_async_context(TaskSet())
+
+        book = JobBook(store, clock, config.id)
+        volumes = VolumeBook(
+            store, {"default": _volume_provider(config)}, clock, lambda: volumes_in_use(book.jobs.values()), _new_id
+        )
+        await volumes.open()
+        certificates = JobCertificates(certificate_authority, clock)
+        live = LiveJobs()
+        machine = Machine(
+            facts=HostFacts(host_id=config.id, external_ip=str(config.external_ip), listen_ip=config.listen_ip),
+            partitions=config.partitions,
+            directory=config.state_dir / "jobs",
+            runtime=runtime,
+            layers=LayerStore(config.state_dir / "layers", _Sources(discovery, identity).client, tasks),
+            mounts=LayerMounts(config.state_dir / "layers"),
+            scratch=scratch,
+            volumes=volumes,
+            network=network,
+            discovery=discovery,
+            certificates=certificates,
+            logs=logs,
+            live=live,
+            book=book,
+            launching=asyncio.Semaphore(config.max_job_concurrency),
+            clock=clock,
+            new_job_id=lambda: f"{config.id}-{_new_id()}",
+        )
+        runner = JobRunner(machine, tasks)
+        node = Node(config, store, network, discovery, volumes, identity, BOOT_ID.read_text().strip())
+        sinks = Sinks(
+            host_id=config.id,
+            store=store,
+            logs=logs,
+            discovery=discovery,
+            identity=identity,
+            find=lambda job_id: _job_of(book, job_id),
+            tasks=tasks,
+        )
+        attachments = Attachments(runner.find, live, logs)
+
+        living = await runner.restore()
+        await node.restore(living)
+        runner.go_on(node.slots)
+        if config.force:
+            for job_id in living:
+                tasks.start(f"stop {job_id}", runner.stop(job_id))
+        sinks.restore()
+        stack.callback(runner.leave)
+
+        spawn = await stack.enter_async_context(supervisor())
+        spawn("announce the host", node.announcement.run())
+        spawn("follow hosts", node.follow_hosts())
+        spawn("follow logaggregators", sinks.follow_aggregators())
+        spawn("renew certificates", certificates.renew())
+
+        host_api = HostApi(node=node, book=book, runner=runner, attachments=attachments, volumes=volumes, sinks=sinks)
+        api = host_api.api()
+        outside = config.listen_ip or str(config.external_ip)
+        await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key))
+        if outside != LOOPBACK:
+            await stack.enter_async_context(listen(api, outside, config.http_port, tls=identity))
+        log.info("host up", extra={"id": config.id, "address": outside, "jobs": len(living)})
+        yield
+
+
+def _admin_key(config: Config) -> str:
+    try:
+        key = config.key_file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"--config-dir: {error}; has `flynn-host init` been run?") from error
+    if not key:
+        raise ConfigError(f"--config-dir: {config.key_file} is empty")
+    return key
+
+
+def _volume_provider(config: Config) -> VolumeProvider:
+    if config.volume_provider == "directory":
+        return DirectoryProvider(config.state_dir / "volumes" / "directory")
+    return ZfsProvider(config.zpool_name, config.state_dir / "volumes" / "zfs")
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _job_of(book: JobBook, job_id: str) -> HostJob | None:
+    job = book.jobs.get(job_id)
+    return job.job if job else None
+
+
+class _Sources:
+    """Clients of the places layers come from. `x.discoverd` is looked up in discoverd: the host's own resolver is not
+    the cluster's."""
+
+    def __init__(self, discovery: Discovery, identity: Identity) -> None:
+        self._discovery, self._identity = discovery, identity
+
+    async def client(self, base_url: str) -> HttpClient:
+        url = urlsplit(base_url)
+        name = url.hostname or ""
+        if not name.endswith(DISCOVERD_ZONE):
+            return HttpClient(base_url)
+        await self._discovery.connected.wait()
+        service = name.removesuffix(DISCOVERD_ZONE).removeprefix("leader.")
+        if name.startswith("leader."):
+            leader = await self._discovery.registry.leader(service)
+            instances = [leader] if leader is not None else []
+        else:
+            instances = await self._discovery.registry.instances(service)
+        if not instances:
+            raise NotFound(f"the service {service} has no instances")
+        tls = self._identity if url.scheme == "https" else None
+        return HttpClient(base_url, tls=tls, connect_to=random.choice(instances).addr)

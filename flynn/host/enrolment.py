@@ -1,0 +1,52 @@
+"""How a machine becomes a host: the cluster's authority, the host's certificate, its admin key and `host.json`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from flynn.daemon import ConfigError
+from flynn.host.certificates import renewal_due
+from flynn.identity.authority import ClusterCA, expiry_of, write_private
+from flynn.types.codec import encode_indented
+
+
+def enrol(*, state_dir: Path, config_dir: Path, host_id: str, external_ip: str, args: Sequence[str]) -> None:
+    """Make this machine the host of a new cluster. What exists already is kept, `host.json` excepted."""
+    identity = state_dir / "identity"
+    config_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (identity / "ca.key").exists():
+        ClusterCA.create().save(identity)
+    ClusterCA.load(identity).issue_host(host_id, [external_ip]).write(identity)
+    (identity / "issued-to").write_text(subject(host_id, external_ip))
+    key = config_dir / "host.key"
+    if not key.exists():
+        write_private(key, secrets.token_hex(32).encode() + b"\n")
+    write_private(config_dir / "host.json", encode_indented({"args": list(args)}), mode=0o644)
+
+
+def authority(directory: Path) -> ClusterCA:
+    """Return the cluster's authority. Raises `ConfigError`."""
+    try:
+        return ClusterCA.load(directory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--state-dir: {error}; has `flynn-host init` been run?") from error
+
+
+def ensure_certificate(ca: ClusterCA, directory: Path, host_id: str, external_ip: str, now: datetime) -> None:
+    """Have a host certificate that is for this id and address and not about to end."""
+    try:
+        fits = (directory / "issued-to").read_text() == subject(host_id, external_ip)
+        begin, end = expiry_of((directory / "cert.pem").read_bytes())
+        if fits and not renewal_due(begin, end, now):
+            return
+    except (OSError, ValueError):
+        pass  # none, or an unreadable one
+    ca.issue_host(host_id, [external_ip]).write(directory)
+    (directory / "issued-to").write_text(subject(host_id, external_ip))
+
+
+def subject(host_id: str, external_ip: str) -> str:
+    return f"{host_id} {external_ip}\n"

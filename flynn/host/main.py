@@ -1,0 +1,153 @@
+"""`flynn-host`: the daemon of a machine, and the operator's tool for it.
+
+Only what a subcommand needs is imported when it is chosen: the daemon must stay small, and `ps` must be quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from flynn.host.config import CONFIG_DIR, HTTP_PORT, LOG_DIR, STATE_DIR
+from flynn.host.jobs.partitions import DEFAULT_PARTITIONS
+from flynn.version import VERSION
+
+COMMANDS = {
+    "bootstrap": "flynn.host.cli.setup:bootstrap",
+    "init": "flynn.host.cli.setup:init",
+    "inspect": "flynn.host.cli.jobs:inspect",
+    "list": "flynn.host.cli.cluster:list_hosts",
+    "log": "flynn.host.cli.output:log",
+    "log-sink": "flynn.host.cli.cluster:log_sink",
+    "ps": "flynn.host.cli.jobs:ps",
+    "resource-check": "flynn.host.cli.cluster:resource_check",
+    "run": "flynn.host.cli.output:run",
+    "signal-job": "flynn.host.cli.jobs:signal_job",
+    "signal": "flynn.host.cli.jobs:signal_job",
+    "status": "flynn.host.cli.cluster:status",
+    "stop": "flynn.host.cli.jobs:stop",
+    "tags": "flynn.host.cli.cluster:tags",
+    "volume": "flynn.host.cli.volumes:volume",
+}
+
+
+class Commands(click.Group):
+    """Loads a subcommand when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *COMMANDS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS:
+            import importlib
+
+            module, _, name = COMMANDS[cmd_name].partition(":")
+            found = getattr(importlib.import_module(module), name)
+            assert isinstance(found, click.Command)
+            return found
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None:
+            click.echo(f'ERROR: "{args[0]}" is not a valid command\n', err=True)
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(1)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, message="%(version)s")
+def cli() -> None:
+    """Run containers on this machine, and operate the cluster it belongs to."""
+
+
+@cli.command()
+@click.option("--release", is_flag=True, help="Only what precedes the first dash.")
+def version(release: bool) -> None:
+    """Show the version."""
+    click.echo(VERSION.partition("-")[0] if release else VERSION)
+
+
+@cli.command()
+@click.option("--id", default="", help="Host id, without dashes. Default: the host name.")
+@click.option("--external-ip", default="", help="Address this host is reached at. Default: of the default route.")
+@click.option("--listen-ip", default="", help="Address the API listens on. Default: the external one.")
+@click.option("--http-port", default=HTTP_PORT, show_default=True)
+@click.option("--state-dir", default=str(STATE_DIR), envvar="FLYNN_STATE_DIR", show_default=True)
+@click.option("--config-dir", default=str(CONFIG_DIR), envvar="FLYNN_CONFIG_DIR", show_default=True)
+@click.option("--log-dir", default=str(LOG_DIR), show_default=True, help="One file per app.")
+@click.option("--bridge-name", default="flynnbr0", show_default=True)
+@click.option("--zpool-name", default="flynn-default", show_default=True)
+@click.option("--vol-provider", type=click.Choice(["zfs", "directory"]), default="zfs", show_default=True)
+@click.option("--cgroup-root", default="flynn", show_default=True, help="Below each hierarchy's mount point.")
+@click.option("--partitions", default=DEFAULT_PARTITIONS, show_default=True)
+@click.option("--tags", default="", help="k=v,k2 ...; a bare key means true.")
+@click.option("--max-job-concurrency", default=4, show_default=True, help="Jobs launched at a time.")
+@click.option("--force", is_flag=True, help="Stop all jobs an earlier daemon has left.")
+@click.option("--peer-ips", default="", help="Addresses of hosts of an existing cluster.")
+@click.pass_context
+def daemon(ctx: click.Context, /, **options: Any) -> None:
+    """Run this machine's jobs, until SIGTERM. The jobs go on without the daemon and are found again by the next one."""
+    from datetime import timedelta
+
+    from flynn import daemon as process
+    from flynn.host.config import configured
+    from flynn.host.daemon import running
+
+    config = configured(options, _flags(ctx))
+    process.run("flynn-host", lambda: running(config), grace=timedelta(seconds=20))
+
+
+def _flags(ctx: click.Context) -> list[str]:
+    """The command line after `daemon`, without what host.json has added."""
+    given: list[str] = ctx.find_root().meta.get("flynn.flags", [])
+    return given
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from flynn.daemon import ConfigError
+    from flynn.host.config import read_host_file
+    from flynn.types.errors import ApiError
+
+    args = sys.argv[1:]
+    try:
+        flags: list[str] = []
+        if args[:1] == ["daemon"]:
+            # The file's arguments come first, so that the command line wins where both name an option.
+            flags = args[1:]
+            file = read_host_file(_config_dir(flags))
+            os.environ.update(file.env)
+            args = ["daemon", *file.args, *flags]
+        with cli.make_context("flynn-host", args) as context:
+            context.meta["flynn.flags"] = flags
+            cli.invoke(context)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except (ConfigError, ApiError) as error:
+        sys.exit(f"flynn-host: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _config_dir(flags: list[str]) -> Any:
+    from pathlib import Path
+
+    for position, flag in enumerate(flags):
+        if flag == "--config-dir" and position + 1 < len(flags):
+            return Path(flags[position + 1])
+        if flag.startswith("--config-dir="):
+            return Path(flag.partition("=")[2])
+    return Path(os.environ.get("FLYNN_CONFIG_DIR") or CONFIG_DIR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The host as a member of the cluster: who it is, its configuration by discoverd and flannel, its tags, its peers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import aclosing
+from ipaddress import IPv4Address
+from typing import NoReturn
+
+from flynn.host import state
+from flynn.host.config import Config
+from flynn.host.discovery import Discovery
+from flynn.host.networking import NodeNetwork
+from flynn.host.services.announcement import Announcement
+from flynn.host.state import StateStore
+from flynn.host.volumes.book import META_SNAPSHOT_OF, VolumeBook
+from flynn.http.client import HttpClient
+from flynn.identity import Identity
+from flynn.types.errors import ApiError, NotFound, ValidationError
+from flynn.types.host import DiscoverdConfig, HostStatus, NetworkConfig
+from flynn.types.instance import EventKind, Instance
+from flynn.types.volume import PullCoordinate, VolumeInfo
+from flynn.version import VERSION
+
+log = logging.getLogger(__name__)
+
+SERVICE = "flynn-host"
+SLOT_DISCOVERD, SLOT_FLANNEL = "discoverd", "flannel"
+
+
+class Node:
+    """One host. Configuration is on the disk before it is acknowledged, and used again by the next daemon."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: StateStore,
+        network: NodeNetwork,
+        discovery: Discovery,
+        volumes: VolumeBook,
+        identity: Identity,
+        boot_id: str,
+    ) -> None:
+        self._config, self._store, self._network, self._discovery = config, store, network, discovery
+        self._volumes, self._identity, self._boot_id = volumes, identity, boot_id
+        self._tags = {**config.tags, **(store.setting("tags", dict[str, str]) or {})}
+        self._tags = {key: value for key, value in self._tags.items() if value}
+        self._slots = store.setting("slots", dict[str, str]) or {}
+        address = f"{config.external_ip}:{config.http_port}"
+        self.announcement = Announcement(discovery, SERVICE, Instance.at(address, "https", self._meta()))
+
+    @property
+    def slots(self) -> dict[str, str]:
+        """The ids of the jobs that give this host discoverd and the network."""
+        return dict(self._slots)
+
+    def status(self) -> HostStatus:
+        return HostStatus(
+            id=self._config.id,
+            tags=dict(self._tags),
+            pid=os.getpid(),
+            url=f"https://{self._config.external_ip}:{self._config.http_port}",
+            discoverd=self._discovery.config,
+            network=self._network.config,
+            version=VERSION,
+            flags=list(self._config.flags) or None,
+        )
+
+    async def restore(self, living: set[str]) -> None:
+        """Use the last configurations again if those who gave them still run: jobs in `living`, or this same boot."""
+        same_boot = self._store.setting("boot", str) == self._boot_id
+
+        def still_true(job_id: str) -> bool:
+            return job_id in living if job_id else same_boot
+
+        network = self._store.setting("network", NetworkConfig)
+        if network is not None and still_true(network.job_id):
+            try:
+                await self._network.configure(network)
+            except (ApiError, OSError) as error:
+                log.error("the last network configuration does not work any more", extra={"error": str(error)})
+        discoverd = self._store.setting("discoverd", DiscoverdConfig)
+        if discoverd is not None and still_true(discoverd.job_id):
+            await self._discovery.configure(discoverd)
+        await self._store.commit(state.save_setting("boot", self._boot_id))
+
+    async def configure_discoverd(self, config: DiscoverdConfig) -> None:
+        """Raises `ValidationError`."""
+        merged = await self._discovery.configure(config)
+        await self._keep("discoverd", merged, SLOT_DISCOVERD, merged.job_id)
+
+    async def configure_network(self, config: NetworkConfig) -> None:
+        """Returns once the bridge exists. Raises `ValidationError`."""
+        done = await self._network.configure(config)
+        await self._keep("network", done, SLOT_FLANNEL, done.job_id)
+
+    async def _keep(self, name: str, value: object, slot: str, job_id: str) -> None:
+        changes = [state.save_setting(name, value)]
+        if job_id:
+            self._slots[slot] = job_id
+            changes.append(state.save_setting("slots", self._slots))
+        await self._store.commit(*changes, durable=True)
+
+    async def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Merge tags; an empty value deletes one."""
+        for key, value in tags.items():
+            if not key or any(character in key for character in "=,\n"):
+                raise ValidationError("tags", f"cannot have the key {key!r}")
+            if value:
+                self._tags[key] = value
+            else:
+                self._tags.pop(key, None)
+        # What the command line gives would come back at the next start, so a deletion is kept as an empty value.
+        kept = {**{key: "" for key in self._config.tags if key not in self._tags}, **self._tags}
+        await self._store.commit(state.save_setting("tags", kept), durable=True)
+        self.announcement.set_meta(self._meta())
+
+    def _meta(self) -> dict[str, str]:
+        return {"id": self._config.id, **{f"tag:{key}": value for key, value in sorted(self._tags.items())}}
+
+    async def follow_hosts(self) -> NoReturn:
+        """Keep the packet filter informed about which addresses are hosts."""
+        await self._discovery.connected.wait()
+        known: dict[str, IPv4Address] = {}
+        while True:
+            try:
+                async with aclosing(self._discovery.registry.watch(SERVICE)) as events:
+                    async for event in events:
+                        if event.instance is None:
+                            continue
+                        if event.kind is EventKind.DOWN:
+                            known.pop(event.instance.id, None)
+                        else:
+                            known[event.instance.id] = IPv4Address(event.instance.host)
+                        await self._network.set_hosts(known.values())
+            except (ApiError, ValueError, OSError) as error:
+                log.warning("lost sight of the other hosts", extra={"error": str(error)})
+            await asyncio.sleep(1)
+
+    async def pull_snapshot(self, volume_id: str, source: PullCoordinate) -> VolumeInfo:
+        """Receive another host's snapshot into one of our volumes.
+
+        Raises:
+            NotFound: no such host, or it has no such snapshot.
+            ServiceUnavailable: discoverd is not known yet.
+        """
+        self._volumes.get(volume_id)
+        hosts = await self._discovery.registry.instances(SERVICE)
+        address = next((host.addr for host in hosts if host.meta.get("id") == source.host_id), None)
+        if address is None:
+            raise NotFound(f'no host with id "{source.host_id}"')
+        haves = [{"snap_id": info.id} for info in self._volumes.all() if info.meta.get(META_SNAPSHOT_OF) == volume_id]
+        url = f"https://{address}"
+        async with HttpClient(url, tls=self._identity, server_name=f"{SERVICE}.discoverd") as http:
+            headers = {"Accept": "application/vnd.zfs.snapshot-stream", "Content-Type": "application/json"}
+            async with http.download(f"/storage/volumes/{source.snapshot_id}/send", headers=headers, body=haves) as (
+                _,
+                chunks,
+            ):
+                return await self._volumes.receive(volume_id, source.snapshot_id, chunks)

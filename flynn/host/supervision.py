@@ -1,0 +1,455 @@
+"""The life of one job on this host, as a procedure of named steps: prepare, create, resume, watch, clean up.
+
+Every step may be repeated, so a daemon that finds a half-started job goes on or starts over, and one that finds a
+half-cleaned job cleans up again. What states there are and what may follow what is decided in `jobs.lifecycle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flynn.aio.clock import Clock
+from flynn.host.certificates import JobCertificates
+from flynn.host.discovery import Discovery
+from flynn.host.jobs import environment, partitions, profiles, resurrection
+from flynn.host.jobs.book import JobBook
+from flynn.host.jobs.container import BadMount, Prepared, container_spec, scratch_bytes
+from flynn.host.jobs.environment import HostFacts
+from flynn.host.jobs.lifecycle import (
+    AddressAssigned,
+    Broken,
+    ContainerMade,
+    Ended,
+    Happening,
+    Launched,
+    Withdrawn,
+)
+from flynn.host.layers import LayerStore
+from flynn.host.live import LiveJob, LiveJobs
+from flynn.host.logs.capture import Capture
+from flynn.host.logs.files import LogDirectory
+from flynn.host.logs.record import Source
+from flynn.host.network.addresses import AddressError
+from flynn.host.networking import NodeNetwork
+from flynn.host.runtime.layers import LayerError, LayerMounts
+from flynn.host.runtime.runtime import Container, ContainerError, NotRunning, Runtime, State
+from flynn.host.runtime.scratch import ScratchPool
+from flynn.host.runtime.spec import Network
+from flynn.host.services.registration import JobServices
+from flynn.host.volumes.book import VolumeBook
+from flynn.host.volumes.provider import VolumeError
+from flynn.types.errors import ApiError
+from flynn.types.host import META_APP, META_TYPE, ActiveJob, HostJob, JobStatus
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TERM_GRACE = timedelta(seconds=30)  # between SIGTERM and SIGKILL
+OUTPUT_GRACE = timedelta(seconds=2)  # for reading what an ended job has printed last
+UNATTACHED_GRACE = timedelta(seconds=30)  # how long the output of a `disable_log` job waits for an attacher
+DESTROY_TRIES = 20
+DESTROY_PAUSE = timedelta(milliseconds=500)
+
+OOM_NOTICE = 'lvl=crit msg="FATAL: a container process was killed due to lack of available memory" component=flynn-host'
+
+EXPECTED = (
+    AddressError,
+    ApiError,
+    BadMount,
+    ContainerError,
+    LayerError,
+    OSError,
+    VolumeError,
+    environment.UnknownProto,
+    partitions.InvalidPartition,
+    profiles.ProfileError,
+)
+"""What can be wrong with a job or its host; anything else is a bug of ours and is logged with its traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The parts of the host that running a job takes."""
+
+    facts: HostFacts
+    partitions: Mapping[str, int]
+    directory: Path  # <state>/jobs
+    runtime: Runtime
+    layers: LayerStore
+    mounts: LayerMounts
+    scratch: ScratchPool
+    volumes: VolumeBook
+    network: NodeNetwork
+    discovery: Discovery
+    certificates: JobCertificates
+    logs: LogDirectory
+    live: LiveJobs
+    book: JobBook
+    launching: asyncio.Semaphore  # how many jobs are launched at a time
+    clock: Clock
+    new_job_id: Callable[[], str]
+
+
+class _Stopped(Exception):
+    """The job was asked to stop before there was a container."""
+
+
+class JobRun:
+    """One job on its way. `run` is the whole procedure; `stop` may be called at any time."""
+
+    def __init__(self, machine: Machine, job_id: str) -> None:
+        self._machine, self._id = machine, job_id
+        self._stop = asyncio.Event()
+        self._services: JobServices | None = None
+        self._scratch: Path | None = None
+        self.container: Container | None = None
+        self.finished = asyncio.Event()  # cleaned up
+        self.heir: HostJob | None = None  # the job that takes its place, once it has ended
+
+    @property
+    def _job(self) -> ActiveJob:
+        return self._machine.book[self._id]
+
+    def stop(self) -> None:
+        """Ask for the end: SIGTERM, 30 s, SIGKILL. Returns at once."""
+        self._stop.set()
+
+    async def deregister(self) -> None:
+        """Take the job's services out of discoverd now and for good."""
+        if self._services is not None:
+            await self._services.leave()
+
+    # The procedure
+
+    async def run(self) -> None:
+        """Start the job and see it through to the end."""
+        try:
+            end = await self._start_and_watch()
+        except _Stopped:
+            end = Withdrawn()
+        except Exception as error:  # The edge: a job that cannot be started fails, the daemon goes on.
+            end = self._broken(error)
+        await self._finish(end)
+
+    async def reconnect(self) -> bool:
+        """Find the container an earlier daemon has made and count what it uses as taken; tells whether there is one."""
+        try:
+            self.container = await self._machine.runtime.reconnect(self._directory)
+        except (ContainerError, OSError, TimeoutError) as error:
+            log.info("no container to take over", extra={"job": self._id, "reason": str(error)})
+            return False
+        machine, spec = self._machine, self.container.spec
+        machine.mounts.adopt(self._id, spec.rootfs.lower)
+        if spec.rootfs.writable:
+            self._scratch = Path(spec.rootfs.writable)
+            machine.scratch.adopt(self._scratch)
+        if spec.network is not None:
+            trusted = environment.is_system_app(self._job.job)
+            machine.network.restore(IPv4Address(spec.network.address), trusted=trusted)
+        machine.certificates.adopt(self._job.job, self._addresses(spec.network), self._identity)
+        return True
+
+    async def take_over(self) -> None:
+        """See a job through that an earlier daemon has begun; `reconnect` was called before."""
+        if self._job.force_stop:
+            self.stop()
+        end: Happening
+        if self.container is not None:
+            try:
+                end = await self._go_on(self.container)
+            except Exception as error:  # The edge, as in `run`.
+                end = self._broken(error)
+        elif self._job.status == JobStatus.STARTING and self._job.pid is None:
+            await self.run()  # it had not come to a container yet
+            return
+        else:
+            end = Broken("the container is gone: the host was restarted, or somebody killed the container's init")
+        await self._finish(end)
+
+    async def clean_up_again(self) -> None:
+        """Finish what an earlier daemon has begun."""
+        await self._clean_up()
+
+    def _broken(self, error: Exception) -> Broken:
+        if not isinstance(error, EXPECTED):
+            log.exception("job failed for a reason nobody expected", extra={"job": self._id})
+        text = error.message if isinstance(error, ApiError) else str(error)
+        return Broken(text or type(error).__name__)
+
+    async def _start_and_watch(self) -> Happening:
+        job = self._machine.book.note(self._id, AddressAssigned(environment.with_ports(self._job.job), "")).job
+        extras = profiles.extras(job.profiles)
+        partition = partitions.choose(job.partition, self._machine.partitions)
+        await self._unless_stopped(self._wait_for_the_host(job))
+        async with self._machine.launching:
+            made = await self._unless_stopped(self._prepare(job))
+            job = self._job.job
+            container = await self._machine.runtime.create(
+                container_spec(job, partition, self._machine.facts, extras, made)
+            )
+            self.container = container
+            self._machine.book.note(self._id, ContainerMade(container.pid))
+            live = self._bring_to_life(container)
+            await container.resume()
+            await self._machine.book.apply(self._id, Launched())
+        return await self._watch(live)
+
+    async def _go_on(self, container: Container) -> Happening:
+        """Do what is left of the start, then watch."""
+        live = self._bring_to_life(container)
+        if container.state is State.CREATED:
+            await container.resume()
+        if self._job.status == JobStatus.STARTING and container.state is not State.ENDED:
+            await self._machine.book.apply(self._id, Launched())
+        if live.job.config.tty:
+            self.stop()  # its terminal went with the last daemon
+        elif live.raw:
+            live.drain_output()
+        return await self._watch(live)
+
+    # Preparing
+
+    async def _wait_for_the_host(self, job: HostJob) -> None:
+        """Wait for what the job needs of the node: its turn after a crash, the network, discoverd with its DNS."""
+        delay = resurrection.delay_before(job)
+        if delay:
+            await self._machine.clock.sleep(delay)
+        if not job.config.host_network:
+            await self._machine.network.ready.wait()
+        if "DISCOVERD" not in job.config.env:
+            await self._machine.discovery.ready.wait()
+
+    async def _prepare(self, job: HostJob) -> Prepared:
+        """Make everything the container is built from. What was made is undone by `_clean_up`, also half of it."""
+        machine = self._machine
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        network = await self._address(job)
+        lower, writable, volumes, identity = await _together(
+            self._layers(job),
+            self._write_layer(job),
+            self._volumes(job),
+            machine.certificates.issue(job, self._addresses(network), self._identity),
+        )
+        return Prepared(
+            directory=self._directory,
+            lower=lower,
+            writable=writable,
+            network=network,
+            volumes=volumes,
+            identity=self._identity if identity else None,
+            resolv_conf=machine.network.resolv_conf(cluster=job.config.env.get("DISCOVERD") != "none"),
+            discoverd=machine.discovery.for_job(job.config.env),
+        )
+
+    async def _address(self, job: HostJob) -> Network | None:
+        if job.config.host_network:
+            return None
+        network = await self._machine.network.allocate(trusted=environment.is_system_app(job))
+        addressed = environment.with_address(job, network.address)
+        self._machine.book.note(self._id, AddressAssigned(addressed, network.address))
+        return network
+
+    async def _layers(self, job: HostJob) -> list[Path]:
+        files = await _together(*(self._machine.layers.ensure(spec) for spec in job.mountspecs))
+        return [
+            await self._machine.mounts.acquire(spec.id, file, self._id)
+            for spec, file in zip(job.mountspecs, files, strict=True)
+        ]
+
+    async def _write_layer(self, job: HostJob) -> Path:
+        self._scratch = await self._machine.scratch.take(scratch_bytes(job.resources))
+        return self._scratch
+
+    async def _volumes(self, job: HostJob) -> dict[str, Path]:
+        paths: dict[str, Path] = {}
+        known = {info.id for info in self._machine.volumes.all()}
+        for binding in job.config.volumes:
+            if binding.volume not in known:
+                raise VolumeError(f"job {self._id} required volume {binding.volume}, but that volume does not exist")
+            paths[binding.volume] = await self._machine.volumes.mounted(binding.volume)
+        return paths
+
+    def _addresses(self, network: Network | None) -> list[str]:
+        """Return what a job's certificate is valid for besides its names."""
+        return [network.address] if network else [self._machine.facts.external_ip]
+
+    @property
+    def _directory(self) -> Path:
+        return self._machine.directory / self._id
+
+    @property
+    def _identity(self) -> Path:
+        return self._directory / "identity"
+
+    # Running
+
+    def _bring_to_life(self, container: Container) -> LiveJob:
+        """Connect the output, then let those in who wait: they see the first byte."""
+        machine, job = self._machine, self._job.job
+        capture: Capture | None = None
+        if not job.config.tty and not job.config.disable_log:
+            source = Source(
+                host_id=machine.facts.host_id,
+                app_id=job.metadata.get(META_APP, ""),
+                process_type=job.metadata.get(META_TYPE, ""),
+                job_id=self._id,
+            )
+            capture = Capture(machine.logs, source)
+            capture.follow(container.stdout, container.stderr)
+        live = LiveJob(job, container, capture, self.stop)
+        machine.live.born(live)
+        return live
+
+    async def _watch(self, live: LiveJob) -> Happening:
+        """Wait for the end, asked for or not, keeping the job's services registered meanwhile."""
+        container = live.container
+        patience = asyncio.get_running_loop().call_later(UNATTACHED_GRACE.total_seconds(), live.drain_if_unattached)
+        async with asyncio.TaskGroup() as group:
+            helpers = [group.create_task(self._report_oom(live), name=f"oom of {self._id}")]
+            if self._wants_services(live.job):
+                address = self._service_address(container)
+                self._services = JobServices(live.job, address, self._machine.discovery, container.kill)
+                helpers.append(group.create_task(self._services.run(), name=f"services of {self._id}"))
+            ended = group.create_task(container.wait(), name=f"end of {self._id}")
+            asked = group.create_task(self._stop.wait(), name=f"stop of {self._id}")
+            await asyncio.wait((ended, asked), return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+            if self._services is not None:
+                await self._services.leave()
+            if not ended.done():
+                await self._terminate(container, ended)
+            result = await ended
+            for helper in helpers:
+                helper.cancel()
+        patience.cancel()
+        if result.error is not None:
+            return Broken(result.error)
+        return Ended(result.code, result.signal)
+
+    async def _terminate(self, container: Container, ended: asyncio.Task[Any]) -> None:
+        try:
+            await container.signal(signal.SIGTERM)
+        except NotRunning:
+            return
+        await asyncio.wait((ended,), timeout=TERM_GRACE.total_seconds())
+        if not ended.done():
+            log.info("job ignores SIGTERM, killing it", extra={"job": self._id})
+            await container.kill()
+
+    def _wants_services(self, job: HostJob) -> bool:
+        """System jobs register themselves, with the protocol they speak."""
+        return not environment.is_system_app(job) and any(port.service for port in job.config.ports)
+
+    def _service_address(self, container: Container) -> str:
+        return container.spec.network.address if container.spec.network else self._machine.facts.external_ip
+
+    async def _report_oom(self, live: LiveJob) -> None:
+        async for total in live.container.oom_kills():
+            log.warning("out of memory in a job", extra={"job": self._id, "total": total})
+            if live.capture is not None:
+                live.capture.note(OOM_NOTICE)
+
+    # Ending
+
+    async def _finish(self, end: Happening) -> None:
+        """Record the end (with the successor, if the host is to bring the job back), then clean up."""
+        book = self._machine.book
+        if isinstance(end, Broken):
+            log.warning("job failed", extra={"job": self._id, "error": end.error})
+            self._machine.live.failed(self._id, end.error)
+        elif isinstance(end, Withdrawn):
+            self._machine.live.failed(self._id, "the job was stopped")
+        if resurrection.wanted(self._job) and not isinstance(end, Withdrawn):
+            self.heir = resurrection.successor(self._job, self._machine.new_job_id(), self._machine.clock.now())
+            await book.succeed(self._id, end, self.heir)
+            log.info("job comes back", extra={"job": self._id, "as": self.heir.id})
+        else:
+            await book.apply(self._id, end)
+        await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        """Give back all that the job had. A step that fails does not keep the others from being done."""
+        machine, job = self._machine, self._job
+        live = machine.live.get(self._id)
+        if live is not None and live.capture is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OUTPUT_GRACE.total_seconds()):
+                    await live.capture.ended.wait()
+        if live is not None:
+            live.close_streams()
+        if self.container is None or await self._destroyed(self.container):
+            await self._step("address", self._release_address(job))
+            await self._step("layers", machine.mounts.release(self._id))
+            await self._step("scratch", self._release_scratch())
+            for binding in job.job.config.volumes:
+                if binding.delete_on_stop:
+                    await self._step("volume", machine.volumes.destroy(binding.volume))
+            machine.certificates.forget(self._id)
+            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+            await machine.book.cleaned(self._id)
+        machine.live.gone(self._id)
+        self.finished.set()
+
+    async def _destroyed(self, container: Container) -> bool:
+        for _ in range(DESTROY_TRIES):
+            try:
+                await container.destroy()
+                return True
+            except (ContainerError, OSError) as error:
+                failure = error
+                await self._machine.clock.sleep(DESTROY_PAUSE)
+        log.error("container not destroyed, left to the next start", extra={"job": self._id, "error": str(failure)})
+        return False
+
+    async def _release_address(self, job: ActiveJob) -> None:
+        if job.internal_ip:
+            await self._machine.network.release(IPv4Address(job.internal_ip))
+
+    async def _release_scratch(self) -> None:
+        if self._scratch is not None:  # one of an earlier daemon was collected at the start of this one
+            await self._machine.scratch.release(self._scratch)
+
+    async def _step(self, name: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except EXPECTED as error:
+            log.warning("cleaning up", extra={"job": self._id, "step": name, "error": str(error)})
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something that may take long, but give it up when the job is to stop. Raises `_Stopped`."""
+        doing = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                return doing.result()
+            raise _Stopped
+        finally:
+            stopping.cancel()
+            if not doing.done():
+                doing.cancel()
+                await asyncio.gather(doing, return_exceptions=True)
+
+
+async def _together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Do several things at once; the first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(item) for item in work]
+    except BaseExceptionGroup as failures:
+        first: BaseException = failures
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in tasks]
