@@ -300,7 +300,7 @@ CREATE TABLE domain_migrations (
 CREATE SEQUENCE event_ids;
 CREATE TABLE events (
     event_id bigint PRIMARY KEY DEFAULT nextval('event_ids'),
-    app_id uuid REFERENCES apps,
+    app_id uuid,  -- no reference: its check would lock the app under the event lock, which must be the last one
     object_type text NOT NULL REFERENCES event_types,
     object_id text NOT NULL,
     unique_id text UNIQUE,  -- of events that are told at most once

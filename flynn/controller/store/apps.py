@@ -32,7 +32,7 @@ async def app_in(transaction: Transaction | Database, ref: str, *, lock: bool = 
     With `lock` the row is held until the end of the transaction: whatever changes an app's scale or release takes this
     lock first, so that such changes happen one after the other.
     """
-    suffix = " FOR UPDATE" if lock else ""
+    suffix = " FOR NO KEY UPDATE" if lock else ""
     live = f"SELECT {COLUMNS} FROM apps WHERE deleted_at IS NULL"
     if is_uuid(ref):
         query = f"{live} AND (app_id = %s OR name = %s) ORDER BY app_id = %s DESC LIMIT 1{suffix}"

@@ -1,0 +1,327 @@
+"""Deployments and the worker, with a scheduler that does what it is told at once, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+
+from flynn.aio.supervisor import TaskSet, supervisor
+from flynn.controller.client import Controller, DeletionFailed, DeploymentFailed
+from flynn.controller.database import Database
+from flynn.controller.hosts import Hosts
+from flynn.controller.neighbours import Neighbours
+from flynn.controller.store.events import EventFilter
+from flynn.controller.stores import Stores
+from flynn.controller.wire import AppUpdate
+from flynn.controller.worker.loop import Worker
+from flynn.controller.worker.procedures import procedures
+from flynn.discoverd.memory import MemoryRegistry
+from flynn.types.app import App
+from flynn.types.codec import convert
+from flynn.types.errors import NotFound, ValidationError
+from flynn.types.event import EventType
+from flynn.types.formation import Formation, ScaleRequest
+from flynn.types.job import Job
+from flynn.types.release import Release
+
+from .conftest import Shop, World, a_release
+
+
+@asynccontextmanager
+async def working(conninfo: str) -> AsyncIterator[Stores]:
+    """One worker process, but for the process."""
+    async with Database(conninfo).connected() as database:
+        stores = Stores.over(database)
+        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None))
+        async with TaskSet() as tasks, supervisor() as spawn:
+            spawn("follow events", stores.hub.run())
+            await stores.hub.started()
+            spawn("work", Worker(stores.queue, stores.hub, known, tasks).run())
+            yield stores
+
+
+class Scheduler:
+    """Completes scale requests; `refuse` says for which releases the jobs go down instead."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self.steps: list[str] = []
+        self.names: dict[str, str] = {}
+        self.works: Callable[[ScaleRequest], bool] = lambda request: True
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def run(self) -> None:
+        async for event in self._stores.hub.follow(EventFilter(object_types=frozenset({"scale_request"}))):
+            request = convert(event.data, ScaleRequest)
+            if request.state != "pending":
+                continue
+            await self.go.wait()
+            name = self.names.get(request.release, "?")
+            counts = " ".join(f"{type}={count}" for type, count in sorted((request.new_processes or {}).items()))
+            self.steps.append(f"{name} {counts}")
+            if self.works(request):
+                with suppress(NotFound):
+                    await self._stores.formations.set_scale_state(
+                        ScaleRequest(id=request.id, app=request.app, release=request.release, state="complete")
+                    )
+            else:
+                await self.crash(request)
+
+    async def crash(self, request: ScaleRequest) -> None:
+        for _ in range(6):
+            await self._stores.jobs.put(
+                Job(
+                    uuid=str(uuid4()),
+                    app=request.app,
+                    release=request.release,
+                    type="web",
+                    state="down",
+                    host_error="exec: not found",
+                )
+            )
+
+
+@pytest.fixture
+async def scheduler(stores: Stores) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(stores)
+    async with supervisor() as spawn:
+        spawn("schedule", scheduler.run())
+        yield scheduler
+
+
+@pytest.fixture
+async def running(controller: Controller, shop: Shop, scheduler: Scheduler) -> Release:
+    """The shop with web=2 clock=1 of its first release running; returns the next release."""
+    scheduler.names[shop.release.id] = "old"
+    await controller.deploy("shop", shop.release.id)
+    await controller.scale("shop", shop.release.id, {"web": 2, "clock": 1})
+    release = await controller.create_release(a_release(shop.app, shop.artifact, VERSION="2"))
+    scheduler.names[release.id] = "new"
+    scheduler.steps.clear()
+    return release
+
+
+async def counts(controller: Controller, release: str) -> dict[str, int]:
+    try:
+        return (await controller.formation("shop", release)).processes or {}
+    except NotFound:
+        return {}
+
+
+async def statuses(controller: Controller, deployment: str) -> list[str]:
+    events = await controller.events(object_types=[EventType.DEPLOYMENT], object_id=deployment)
+    return [event.data["status"] for event in reversed(events)]
+
+
+async def test_the_first_deployment_only_sets_the_release(controller: Controller, shop: Shop) -> None:
+    deployment = await controller.deploy("shop", shop.release.id)
+    assert (deployment.status, deployment.finished_at is not None) == ("complete", True)
+    assert (await controller.app_release("shop")).id == shop.release.id
+    assert await controller.formations("shop") == []
+    assert await statuses(controller, deployment.id) == ["complete"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [
+        ("all-at-once", "new clock=1 web=2, old clock=0 web=0"),
+        ("one-by-one", "new clock=1, old clock=0, new web=1, old web=1, new web=2, old web=0"),
+        ("one-down-one-up", "old clock=0, new clock=1, old web=1, new web=1, old web=0, new web=2"),
+    ],
+)
+async def test_a_deployment_replaces_the_jobs(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler, strategy: str, steps: str
+) -> None:
+    await controller.update_app("shop", AppUpdate(strategy=strategy))
+    async with working(conninfo):
+        deployment = await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+    assert (deployment.status, deployment.strategy) == ("complete", strategy)
+    assert ", ".join(scheduler.steps) == steps
+    assert await counts(controller, running.id) == {"web": 2, "clock": 1}
+    assert not any((await counts(controller, shop.release.id)).values())
+    assert (await controller.app_release("shop")).id == running.id
+    assert await statuses(controller, deployment.id) == ["pending", "running", "complete"]
+
+
+async def test_batches_follow_the_apps_setting(
+    conninfo: str, controller: Controller, running: Release, scheduler: Scheduler
+) -> None:
+    await controller.update_app("shop", AppUpdate(strategy="in-batches", meta={"flynn-deploy-batch-size": "2"}))
+    async with working(conninfo):
+        deployment = await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+    assert deployment.deploy_batch_size == 2
+    assert ", ".join(scheduler.steps) == "new clock=1, old clock=0, new web=2, old web=0"
+
+
+async def test_only_one_deployment_at_a_time(controller: Controller, running: Release) -> None:
+    await controller.create_deployment("shop", running.id)
+    with pytest.raises(ValidationError, match=r"Cannot create deploy, there is already one in progress for this app\."):
+        await controller.create_deployment("shop", running.id)
+    with pytest.raises(ValidationError, match="could not find release with ID"):
+        await controller.create_deployment("shop", str(uuid4()))
+
+
+async def test_jobs_that_do_not_come_up_roll_it_back(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    await controller.update_app("shop", AppUpdate(strategy="one-by-one"))
+    scheduler.works = lambda request: request.release != running.id or "web" not in (request.new_processes or {})
+    async with working(conninfo):
+        with pytest.raises(DeploymentFailed, match=r"^web job failed to start: exec: not found$"):
+            await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+    assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
+    assert await counts(controller, running.id) == {}
+    assert (await controller.app_release("shop")).id == shop.release.id
+    scheduler.works = lambda request: True
+    async with working(conninfo):
+        await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+
+
+async def test_a_scheduler_that_does_nothing_lets_it_time_out(
+    conninfo: str, controller: Controller, running: Release, scheduler: Scheduler
+) -> None:
+    await controller.update_app("shop", AppUpdate(deploy_timeout=1))
+    scheduler.go.clear()
+    async with working(conninfo):
+        with pytest.raises(DeploymentFailed, match=r"timed out waiting for scale to complete \(waited 1 seconds\)"):
+            await controller.deploy("shop", running.id, timeout=timedelta(seconds=20))
+
+
+async def test_a_later_scale_of_the_same_release_ends_it(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    scheduler.go.clear()
+    async with working(conninfo), asyncio.timeout(10):
+        deployment = await controller.create_deployment("shop", running.id)
+        while not await counts(controller, running.id):
+            await asyncio.sleep(0.02)
+        await controller.put_formation(Formation(app="shop", release=running.id, processes={"web": 1}))
+        scheduler.go.set()
+        events = [event async for event in controller.follow_deployment(deployment)]
+    assert (events[-1].status, events[-1].error) == ("failed", "scale request cancelled")
+
+
+async def test_a_deployment_goes_on_after_a_stop_of_the_worker(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    """The worker stops with a request on its way; the next one waits for that instead of taking old jobs down."""
+    await controller.update_app("shop", AppUpdate(strategy="one-by-one"))
+    scheduler.go.clear()
+    async with asyncio.timeout(20):
+        async with working(conninfo):
+            deployment = await controller.create_deployment("shop", running.id)
+            while await counts(controller, running.id) != {"clock": 1}:
+                await asyncio.sleep(0.02)
+        assert (await controller.deployment(deployment.id)).status == "running"
+        async with working(conninfo):
+            await asyncio.sleep(0.3)
+            assert (await counts(controller, shop.release.id))["clock"] == 1, "nothing has confirmed the new job yet"
+            scheduler.go.set()
+            events = [event async for event in controller.follow_deployment(deployment)]
+    assert events[-1].status == "complete"
+    assert ", ".join(scheduler.steps) == "new clock=1, old clock=0, new web=1, old web=1, new web=2, old web=0"
+
+
+async def test_a_dead_workers_job_is_taken_over_when_its_lease_ends(
+    conninfo: str, controller: Controller, stores: Stores, running: Release
+) -> None:
+    await controller.create_deployment("shop", running.id)
+    leased = await stores.queue.take()
+    assert leased is not None and await stores.queue.take() is None, "leased to someone who will not come back"
+    await stores.database.execute("UPDATE que_jobs SET locked_until = now() + interval '1 second'")
+    async with working(conninfo), asyncio.timeout(10):
+        while (await controller.deployments("shop"))[0].status != "complete":
+            await asyncio.sleep(0.05)
+    assert not await stores.queue.renew(leased), "the old lease is void"
+    await stores.queue.postpone(leased, "late")
+    assert (await controller.deployments("shop"))[0].status == "complete"
+
+
+async def test_deploying_what_runs_already_changes_nothing(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    async with working(conninfo):
+        await controller.deploy("shop", shop.release.id, timeout=timedelta(seconds=10))
+    assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
+    assert scheduler.steps == []
+
+
+async def test_an_unknown_strategy_fails_with_its_name(
+    conninfo: str, controller: Controller, shop: Shop, running: Release
+) -> None:
+    await controller.update_app("shop", AppUpdate(strategy="sirenia"))
+    async with working(conninfo):
+        with pytest.raises(DeploymentFailed, match='strategy "sirenia"'):
+            await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+    assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
+
+
+async def test_deleting_an_app_takes_everything_with_it(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    async with working(conninfo) as stores:
+        # The blobstore is not there in this test, so what it keeps for the app cannot be deleted.
+        with pytest.raises(DeletionFailed, match="blobstore"):
+            await controller.delete_app("shop", timeout=timedelta(seconds=20))
+        await stores.database.execute("DELETE FROM que_jobs")
+    assert await controller.app_routes("shop") == []
+    assert await controller.app_releases("shop") == []
+    assert "old clock=0 web=0" in scheduler.steps, "jobs are stopped by scaling, not by forgetting"
+
+
+async def test_a_failing_job_is_postponed_and_at_last_left_alone(controller: Controller, stores: Stores) -> None:
+    app = await controller.create_app(App(name="gone"))
+    await controller.collect_garbage(app.id)
+    for attempt in range(12):
+        job = await stores.queue.take()
+        assert job is not None and job.error_count == attempt
+        await stores.queue.postpone(job, "no")
+        assert await stores.queue.take() is None
+        await stores.database.execute("UPDATE que_jobs SET run_at = now() WHERE run_at < 'infinity'")
+    assert await stores.queue.take() is None
+    assert await stores.queue.due_in() is None
+
+
+async def test_old_pushes_are_collected_after_a_deployment(
+    conninfo: str, controller: Controller, world: World, shop: Shop, running: Release
+) -> None:
+    from flynn.types.artifact import Artifact
+
+    from .conftest import MANIFEST
+
+    await controller.set_app_meta("shop", {"gc.max_inactive_slug_releases": "1"})
+    ids = []
+    for number in range(3):
+        slug = await controller.create_artifact(
+            Artifact(
+                type="flynn",
+                uri=f"file:///slug{number}",
+                manifest=MANIFEST,
+                meta={"blobstore": "true"},
+                layer_url_template="file:///l/{id}",
+            )
+        )
+        release = await controller.create_release(
+            Release(
+                app_id=shop.app.id,
+                artifacts=[shop.artifact.id, slug.id],
+                meta={"git": "true"},
+                processes=shop.release.processes,
+            )
+        )
+        ids.append(release.id)
+    async with working(conninfo), asyncio.timeout(15):
+        await controller.deploy("shop", running.id)
+        events = controller.follow_events(object_types=[EventType.APP_GARBAGE_COLLECTION], past=True)
+        async for event in events:
+            deleted = event.data["app_garbage_collection"]["deleted_releases"]
+            break
+    assert sorted(deleted) == sorted(ids[:2])
+    left = {release.id for release in await controller.app_releases("shop")}
+    assert ids[2] in left and not left & set(ids[:2])
