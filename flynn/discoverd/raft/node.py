@@ -217,6 +217,7 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
             connectionRetryTime=0.5,
             commandsWaitLeader=False,
             dynamicMembershipChange=True,
+            bindAddress=config.address,  # by itself it would listen on every address of the machine
             maxBindRetries=1,
             journalFile=str(config.directory / "raft.log"),
             fullDumpFile=str(config.directory / "snapshot"),

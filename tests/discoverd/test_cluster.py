@@ -1,0 +1,147 @@
+"""Members together and members alone: commits, elections, restarts, snapshots. Real sockets, real files."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, aclosing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from flynn.discoverd.directory import LiveDirectory
+from flynn.identity.authority import ClusterCA
+from flynn.types.errors import ApiError
+from flynn.types.instance import EventKind, Instance, ServiceMeta
+from tests.discoverd.harness import Place, member, until
+
+A, B = Instance.at("10.0.0.1:80", "http"), Instance.at("10.0.0.2:80", "http")
+
+
+async def test_everything_acknowledged_is_there_after_a_restart(place: Place) -> None:
+    async with member(place) as live, place.client() as client:
+        await client.create("web")
+        await client.register("web", A)
+        meta = await client.put_meta("web", ServiceMeta(data={"n": 1}))
+        before = live.state
+    async with member(place) as live, place.client() as client:
+        assert live.state.services == before.services
+        assert await client.get_meta("web") == meta
+        assert (await client.put_meta("web", ServiceMeta(data=2, index=meta.index))).index > meta.index
+
+
+async def test_a_snapshot_replaces_the_log(place: Place) -> None:
+    async with member(place) as live, place.client() as client:
+        await client.create("web")
+        for n in range(20):
+            await client.register("web", Instance.at(f"10.0.0.{n}:80", "http"))
+        live.raft._member.forceLogCompaction()
+        await client.register("web", Instance.at("10.9.9.9:80", "http"))
+        await until(lambda: len(live.raft._member.journal) < 10)
+        await client.register("web", Instance.at("10.9.9.8:80", "http"))
+        before = live.state.services
+    async with member(place) as live:
+        assert live.state.services == before
+
+
+async def test_a_crash_between_snapshot_and_shorter_log_loses_nothing(place: Place) -> None:
+    log = place.directory / "data" / "raft.log"
+    async with member(place) as live, place.client() as client:
+        await client.create("web")
+        for n in range(10):
+            await client.register("web", Instance.at(f"10.0.0.{n}:80", "http"))
+        long_log = log.read_bytes()
+        live.raft._member.forceLogCompaction()
+        await client.register("web", A)
+        await until(lambda: (place.directory / "data" / "snapshot").exists())
+        await until(lambda: log.stat().st_size < len(long_log))
+        snapshot = (place.directory / "data" / "snapshot").read_bytes()
+        await client.register("web", B)
+        before = live.state.services
+        newer = log.read_bytes()
+    # As if the process had died after the snapshot was in place, with the log still long and growing.
+    tail = newer[8:]
+    long_entries = long_log[8:]
+    overlap = next(n for n in range(len(tail), 0, -1) if long_entries.endswith(tail[:n]) and n > 24)
+    log.write_bytes(long_log + tail[overlap:])
+    (place.directory / "data" / "snapshot").write_bytes(snapshot)
+    async with member(place) as live:
+        assert live.state.services == before
+
+
+async def test_silent_instances_expire_and_talking_ones_stay(place: Place) -> None:
+    async with member(place, ttl=timedelta(seconds=1.5)), place.client() as client:
+        await client.create("web")
+        await client.register("web", A)
+        await client.register("web", B)
+        async with aclosing(client.watch("web")) as events:
+            async with asyncio.timeout(8):
+                async for event in events:
+                    if event.kind is EventKind.CURRENT:
+                        break
+                talking = asyncio.ensure_future(_talk(client, B))
+                try:
+                    gone = [await anext(events), await anext(events)]
+                finally:
+                    talking.cancel()
+        assert [(event.kind, event.instance and event.instance.id) for event in gone] == [
+            (EventKind.DOWN, A.id),
+            (EventKind.LEADER, B.id),
+        ]
+
+
+async def _talk(client, instance: Instance) -> None:  # type: ignore[no-untyped-def]
+    while True:
+        await client.register("web", instance)
+        await asyncio.sleep(0.3)
+
+
+@pytest.fixture
+def three(ca: ClusterCA, tmp_path: Path) -> list[Place]:
+    places = []
+    for n in range(3):
+        (tmp_path / str(n)).mkdir()
+        places.append(Place(ca, tmp_path / str(n)))
+    return places
+
+
+async def leader_among(members: list[LiveDirectory], limit: float = 10) -> LiveDirectory:
+    await until(lambda: any(one.leading for one in members), limit)
+    return next(one for one in members if one.leading)
+
+
+async def written(place: Place, service: str) -> None:
+    """Write through a member whoever leads: a follower sends the client on."""
+    async with place.client() as client:
+        await client.create(service)
+
+
+@pytest.mark.slow
+async def test_three_members_replicate_elect_and_catch_up(three: list[Place]) -> None:
+    async with AsyncExitStack() as all_of_them:
+        stacks = [await all_of_them.enter_async_context(AsyncExitStack()) for _ in three]
+        members = [
+            await stack.enter_async_context(member(place, three)) for place, stack in zip(three, stacks, strict=True)
+        ]
+        leader = await leader_among(members)
+        for place in three:
+            await written(place, f"by-{place.address.replace('.', '-')}")
+        await until(lambda: all(len(one.state.services) == 3 for one in members))
+
+        gone = members.index(leader)
+        rest = [one for one in members if one is not leader]
+        before = asyncio.get_running_loop().time()
+        await stacks[gone].aclose()
+        survivor = three[members.index(rest[0])]
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    await written(survivor, "after-the-loss")
+                    break
+                except ApiError:
+                    continue
+        assert asyncio.get_running_loop().time() - before < 4  # includes the orderly stop of the old leader
+        await until(lambda: all("after-the-loss" in one.state.services for one in rest))
+
+        back = await stacks[gone].enter_async_context(member(three[gone], three))
+        await until(lambda: "after-the-loss" in back.state.services and len(back.state.services) == 4)
