@@ -44,6 +44,7 @@ DATABASE_BACKOFF = Backoff(first=timedelta(milliseconds=200), limit=timedelta(se
 @asynccontextmanager
 async def _stores(config: Config) -> AsyncIterator[Stores]:
     """Connect to the database, wait until it takes writes, and bring its schema up to date."""
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # it tells of every failed attempt; we tell of what follows
     async with Database(config.database).connected() as database, supervisor() as spawn:
         await retrying(
             lambda: _migrated(database), on=ServiceUnavailable, policy=DATABASE_BACKOFF, within=DATABASE_PATIENCE
