@@ -97,7 +97,8 @@ async def test_headers_for_the_backend(router: Router, backend: Make) -> None:
 
     await router.ask(
         "a.test",
-        headers="X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Port: 443\r\nX-Request-Start: 1\r\n",
+        headers="X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n"
+        "X-Forwarded-Port: 443\r\nX-Request-Start: 1\r\n",
     )
     head = one.heads[-1]
     assert head.headers["x-forwarded-for"] == "1.2.3.4, 127.0.0.1"
