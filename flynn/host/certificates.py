@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flynn.aio.clock import Clock
 from flynn.host.jobs.environment import is_system_app
-from flynn.identity.authority import ClusterCA, expiry_of
+from flynn.identity.authority import ClusterCA, expiry_of, write_private
 from flynn.types.host import META_APP_NAME, META_SERVICE, META_TYPE, HostJob
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ class Holder:
 
 
 class JobCertificates:
-    """Issues for one host. `authority` holds the cluster's CA key."""
+    """Issues for one host. `authority` holds the cluster's CA key; `admin_key` is shared with discoverd alone."""
 
-    def __init__(self, authority: ClusterCA, clock: Clock) -> None:
-        self._authority, self._clock = authority, clock
+    def __init__(self, authority: ClusterCA, clock: Clock, admin_key: bytes = b"") -> None:
+        self._authority, self._clock, self._admin_key = authority, clock, admin_key
         self._holders: dict[str, Holder] = {}
 
     async def issue(self, job: HostJob, addresses: Iterable[str], directory: Path) -> bool:
@@ -84,6 +84,9 @@ class JobCertificates:
         uid = job.config.uid if job.config.uid is not None else -1
         gid = job.config.gid if job.config.gid is not None else -1
         credentials.write(holder.directory, uid=uid, gid=gid)
+        if app == "discoverd" and self._admin_key:
+            # Its listener on loopback takes the same key as the host's own.
+            write_private(holder.directory / "host.key", self._admin_key)
 
 
 def renewal_due(begin: datetime, end: datetime, now: datetime) -> bool:

@@ -86,7 +86,7 @@ async def running(config: Config) -> AsyncIterator[None]:
             store, {"default": _volume_provider(config)}, clock, lambda: volumes_in_use(book.jobs.values()), _new_id
         )
         await volumes.open()
-        certificates = JobCertificates(certificate_authority, clock)
+        certificates = JobCertificates(certificate_authority, clock, config.key_file.read_bytes())
         live = LiveJobs()
         machine = Machine(
             facts=HostFacts(host_id=config.id, external_ip=str(config.external_ip), listen_ip=config.listen_ip),

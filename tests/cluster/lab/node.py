@@ -60,7 +60,7 @@ def daemon_command(node: Node) -> list[str]:
     return [
         str(BIN / "flynn-host"), "daemon",
         "--state-dir", str(node.state), "--config-dir", str(node.config), "--log-dir", str(node.root / "log"),
-        "--id", node.id, "--external-ip", node.ip, "--zpool-name", node.pool, "--cgroup-root", node.cgroup,
+        "--zpool-name", node.pool, "--cgroup-root", node.cgroup,
     ]  # fmt: skip
 
 
