@@ -166,9 +166,11 @@ class CgroupTree:
             self._delegate(partitions)
         for partition, shares in partitions.items():
             if self.layout.v2:
-                _write(f"{self.layout.v2}/{self.root}/{partition}/cpu.weight", str(weight_from_shares(shares)))
-            elif "cpu" in self.layout.v1:
-                _write(f"{self.layout.v1['cpu']}/{self.root}/{partition}/cpu.shares", str(shares))
+                path, value = f"{self.layout.v2}/{self.root}/{partition}/cpu.weight", weight_from_shares(shares)
+            else:
+                path, value = f"{self.layout.v1.get('cpu')}/{self.root}/{partition}/cpu.shares", shares
+            if os.path.exists(path):
+                _write(path, str(value))
 
     def _delegate(self, partitions: Iterable[str]) -> None:
         path = self.layout.v2 or ""

@@ -121,6 +121,9 @@ class Init:
         self.members = os.open(self.plan.cgroup_joins[0], os.O_RDONLY | os.O_CLOEXEC)
 
     def _watch_memory(self) -> None:
+        if not os.path.exists(self.plan.oom_counter):  # a machine without the memory controller
+            self.oom_counter = self.oom_event = _null()
+            return
         self.oom_counter = os.open(self.plan.oom_counter, os.O_RDONLY | os.O_CLOEXEC)
         self.oom_event = self.oom_counter
         if self.plan.oom_control:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flynn.host.runtime.cgroups import Layout
 from flynn.host.runtime.runtime import ContainerLost, Exit, NotRunning, Runtime, StartFailed, State
 from flynn.host.runtime.spec import ContainerSpec, Device, Limits, Mount, from_json, to_json
 from tests.host.runtime.conftest import ADDRESS, network, read, run, started
@@ -332,6 +334,26 @@ class TestDaemonDeath:
         assert len(await read(container.stdout)) == 300005
         assert await container.wait() == Exit(0)
         await container.destroy()
+
+
+async def test_version_2_groups(spec: Make, tmp_path: Path) -> None:
+    """As far as a hybrid machine shows it: its unified hierarchy has no controllers, but processes, views and kill."""
+    unified = re.search(r" (\S+) \S+ - cgroup2 ", Path("/proc/self/mountinfo").read_text())
+    if unified is None:
+        pytest.skip("no cgroup2 is mounted")
+    runtime = Runtime(state_dir=tmp_path, cgroup_root=f"flynn-test2-{os.getpid()}")
+    runtime.cgroups.layout = Layout({}, unified[1])
+    async with runtime:
+        assert (await run(runtime, spec("ls /sys/fs/cgroup/cgroup.procs; mknod /tmp/null c 1 3 || exit 4")))[0] == Exit(
+            4
+        )
+        container = await started(runtime, spec("sleep 100 & sleep 100"))
+        assert len(runtime.cgroups.pids("user", container.id)) >= 3
+        await container.kill()
+        assert await container.wait() == Exit(137, 9)
+        container.close()
+        assert await runtime.collect_leftovers([]) == [container.id]
+        runtime.cgroups.remove_all()
 
 
 async def test_stats(runtime: Runtime, spec: Make) -> None:
