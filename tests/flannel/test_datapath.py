@@ -12,7 +12,9 @@ from flynn.flannel.document import Lease, overlay_of
 
 def lease(n: int, backend: str = "vxlan", mac: str | None = None) -> Lease:
     subnet = IPv4Network(f"10.0.{n}.0/24")
-    return Lease(subnet=subnet, public_ip=f"10.9.0.{n}", backend=backend, vtep_mac=f"02:00:00:00:00:0{n}" if mac is None else mac)
+    return Lease(
+        subnet=subnet, public_ip=f"10.9.0.{n}", backend=backend, vtep_mac=f"02:00:00:00:00:0{n}" if mac is None else mac
+    )
 
 
 def routes(kind: str, *leases: Lease) -> Datapath:

@@ -30,7 +30,9 @@ LEASE = {
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        pytest.param({"Network": "100.100.0.0/16"}, "24 100.100.1.0 100.100.255.0 vxlan 1 8472", id="defaults of a /16"),
+        pytest.param(
+            {"Network": "100.100.0.0/16"}, "24 100.100.1.0 100.100.255.0 vxlan 1 8472", id="defaults of a /16"
+        ),
         pytest.param({"network": "10.0.0.7/8"}, "24 10.0.1.0 10.255.255.0 vxlan 1 8472", id="case and host bits"),
         pytest.param({"Network": "10.1.2.0/26"}, "27 10.1.2.32 10.1.2.32 vxlan 1 8472", id="a network below /24"),
         pytest.param(
@@ -39,7 +41,9 @@ LEASE = {
             id="everything said",
         ),
         pytest.param(
-            {"Network": "10.0.0.0/16", "Backend": {"type": "Host-GW"}}, "24 10.0.1.0 10.0.255.0 host-gw 1 8472", id="host-gw"
+            {"Network": "10.0.0.0/16", "Backend": {"type": "Host-GW"}},
+            "24 10.0.1.0 10.0.255.0 host-gw 1 8472",
+            id="host-gw",
         ),
         pytest.param(
             {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7, "Port": 4789}},
@@ -112,7 +116,9 @@ def test_unknown_keys_survive_our_writes() -> None:
         "notes": "kept",
         "subnets": {"100.100.1.0-24": {**LEASE, "Rack": "7"}, "100.100.2.0-24": {"PublicIP": "10.9.0.2", "Rack": "8"}},
     }
-    lease = Lease(subnet=IPv4Network("100.100.1.0/24"), public_ip="10.9.0.9", renewed_at=datetime(2026, 1, 1, tzinfo=UTC))
+    lease = Lease(
+        subnet=IPv4Network("100.100.1.0/24"), public_ip="10.9.0.9", renewed_at=datetime(2026, 1, 1, tzinfo=UTC)
+    )
     written = with_lease(document, lease)
     assert written["notes"] == "kept"
     assert written["subnets"]["100.100.2.0-24"] == document["subnets"]["100.100.2.0-24"]  # type: ignore[index]

@@ -49,23 +49,42 @@ ONLY_ONE = {"SubnetMin": "10.0.5.0", "SubnetMax": "10.0.5.0"}
     [
         pytest.param(document(), me(), "10.0.1.0/24", id="the first block is skipped"),
         pytest.param(document(held("10.0.1.0/24", "10.9.0.2")), me(), "10.0.2.0/24", id="what is taken is taken"),
-        pytest.param(document(held("10.0.7.0/24", "10.9.0.1")), me(), "10.0.7.0/24", id="the same address keeps its block"),
         pytest.param(
-            document(held("10.0.7.0/24", "10.9.0.1")), me(host="h"), "10.0.7.0/24", id="a lease from before there were host ids"
+            document(held("10.0.7.0/24", "10.9.0.1")), me(), "10.0.7.0/24", id="the same address keeps its block"
         ),
         pytest.param(
-            document(held("10.0.7.0/24", "10.9.0.8", "h")), me(host="h"), "10.0.7.0/24", id="the host keeps it with a new address"
+            document(held("10.0.7.0/24", "10.9.0.1")),
+            me(host="h"),
+            "10.0.7.0/24",
+            id="a lease from before there were host ids",
         ),
         pytest.param(
-            document(held("10.0.7.0/24", "10.9.0.1", "other")), me(host="h"), "10.0.1.0/24", id="two hosts behind one address"
+            document(held("10.0.7.0/24", "10.9.0.8", "h")),
+            me(host="h"),
+            "10.0.7.0/24",
+            id="the host keeps it with a new address",
+        ),
+        pytest.param(
+            document(held("10.0.7.0/24", "10.9.0.1", "other")),
+            me(host="h"),
+            "10.0.1.0/24",
+            id="two hosts behind one address",
         ),
         pytest.param(document(**ONLY_ONE), me(), "10.0.5.0/24", id="the only block of a narrow range"),
         pytest.param(
-            document(held("10.0.5.0/24", "10.9.0.9", renewed=LONG_AGO), **ONLY_ONE), me(), "10.0.5.0/24", id="an abandoned block"
+            document(held("10.0.5.0/24", "10.9.0.9", renewed=LONG_AGO), **ONLY_ONE),
+            me(),
+            "10.0.5.0/24",
+            id="an abandoned block",
         ),
-        pytest.param(document(), me(subnet="10.0.9.0/24"), "10.0.9.0/24", id="the block it had, though its lease is gone"),
         pytest.param(
-            document(held("10.0.9.0/24", "10.9.0.2")), me(subnet="10.0.9.0/24"), "10.0.1.0/24", id="unless it is given away"
+            document(), me(subnet="10.0.9.0/24"), "10.0.9.0/24", id="the block it had, though its lease is gone"
+        ),
+        pytest.param(
+            document(held("10.0.9.0/24", "10.9.0.2")),
+            me(subnet="10.0.9.0/24"),
+            "10.0.1.0/24",
+            id="unless it is given away",
         ),
         pytest.param(
             document(held("10.0.0.0/22", "10.9.0.2")), me(), "10.0.4.0/24", id="blocks of another size are respected"

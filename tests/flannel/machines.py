@@ -1,0 +1,152 @@
+"""Machines for tests: network namespaces on one bridge, each with real processes in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from flynn.identity.authority import ClusterCA
+from flynn.types.codec import decode
+from flynn.types.host import HostStatus
+
+PREFIX = f"fl{os.getpid() % 100000}"
+
+
+def ip(*arguments: str, netns: str = "") -> str:
+    command = ["ip", *(["-n", netns] if netns else []), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Machine:
+    """One namespace. `address` is its external IP on the common bridge."""
+
+    def __init__(self, number: int, directory: Path, ca: ClusterCA) -> None:
+        self.netns = f"{PREFIX}m{number}"
+        self.address = f"10.66.0.{number}"
+        self.directory = directory / f"machine{number}"
+        self.directory.mkdir()
+        self._status_file = self.directory / "status.json"
+        for service in ("discoverd", "flannel"):
+            ca.issue_job(service, "app", service, [self.address]).write(self.directory / service)
+
+    @asynccontextmanager
+    async def process(
+        self, module: str, *arguments: str, environ: Mapping[str, str] | None = None
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        process = await asyncio.create_subprocess_exec(
+            "ip", "netns", "exec", self.netns, sys.executable, "-m", module, *arguments,
+            env={"PATH": os.environ["PATH"], "EXTERNAL_IP": self.address, "PYTHONPATH": os.getcwd(), **(environ or {})},
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGKILL)
+                await process.wait()
+
+    def discoverd(self):  # type: ignore[no-untyped-def]
+        return self.process(
+            "flynn.discoverd.main", "-data-dir", str(self.directory / "data"),
+            environ={"FLYNN_IDENTITY": str(self.directory / "discoverd")},
+        )  # fmt: skip
+
+    def host(self):  # type: ignore[no-untyped-def]
+        return self.process(
+            "tests.discoverd.fakehost", str(self.directory / "flannel"), self.address, str(self._status_file)
+        )
+
+    def flannel(self, discoverd: str, **environ: str):  # type: ignore[no-untyped-def]
+        return self.process(
+            "flynn.flannel.main", "-subnet-file", str(self.directory / "subnet.env"),
+            environ={
+                "FLYNN_IDENTITY": str(self.directory / "flannel"),
+                "FLYNN_HOST_ID": self.netns,
+                "FLYNN_JOB_ID": f"{self.netns}-flannel",
+                "DISCOVERD": f"{discoverd}:1111",
+                "PORT": "5002",
+                **environ,
+            },
+        )  # fmt: skip
+
+    def status(self) -> HostStatus:
+        """What the fake host of this machine has been told."""
+        return decode(self._status_file.read_bytes(), HostStatus) if self._status_file.exists() else HostStatus()
+
+    async def subnet(self) -> str:
+        """The bridge address flannel has chosen, once it has told the host."""
+        async with asyncio.timeout(20):
+            while (network := self.status().network) is None:
+                await asyncio.sleep(0.05)
+        return network.subnet
+
+    def make_bridge(self, subnet: str) -> None:
+        """What flynn-host does with a subnet, as far as routing is concerned."""
+        ip("link", "add", "br0", "type", "bridge", netns=self.netns)
+        ip("addr", "add", subnet, "dev", "br0", netns=self.netns)
+        ip("link", "set", "br0", "up", netns=self.netns)
+
+    def shows(self, *arguments: str) -> list[str]:
+        return [" ".join(line.split()) for line in ip(*arguments, netns=self.netns).splitlines()]
+
+    def fdb(self) -> list[str]:
+        command = ["ip", "netns", "exec", self.netns, "bridge", "fdb", "show", "dev", "flannel.1"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    async def reaches(self, address: str, source: str) -> bool:
+        """Whether packets go there and come back: a closed port that refuses is an answer, too."""
+        process = await asyncio.create_subprocess_exec(
+            "ip", "netns", "exec", self.netns, sys.executable, "-S", "-E", "-c", KNOCK, address, source
+        )  # fmt: skip
+        return await process.wait() == 0
+
+
+KNOCK = """
+import socket, sys
+s = socket.socket(); s.settimeout(1); s.bind((sys.argv[2], 0))
+try: s.connect((sys.argv[1], 9))
+except ConnectionRefusedError: sys.exit(0)
+except OSError: sys.exit(1)
+"""
+
+
+@asynccontextmanager
+async def machines(count: int, directory: Path, ca: ClusterCA) -> AsyncIterator[list[Machine]]:
+    """`count` machines that see each other; everything made is removed again."""
+    switch = f"{PREFIX}sw"
+    async with AsyncExitStack() as undo:
+        ip("netns", "add", switch)
+        undo.callback(ip, "netns", "del", switch)
+        ip("link", "add", "name", "sw0", "type", "bridge", netns=switch)
+        ip("link", "set", "sw0", "up", netns=switch)
+        made = []
+        for number in range(1, count + 1):
+            machine = Machine(number, directory, ca)
+            ip("netns", "add", machine.netns)
+            undo.callback(ip, "netns", "del", machine.netns)
+            ip(
+                "link",
+                "add",
+                f"p{number}",
+                "netns",
+                switch,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                machine.netns,
+            )
+            ip("link", "set", f"p{number}", "master", "sw0", "up", netns=switch)
+            for device, address in (("lo", "127.0.0.1/8"), ("eth0", f"{machine.address}/24")):
+                if device != "lo":
+                    ip("addr", "add", address, "dev", device, netns=machine.netns)
+                ip("link", "set", device, "up", netns=machine.netns)
+            made.append(machine)
+        yield made
