@@ -8,7 +8,6 @@ import signal
 
 from flynn.aio.supervisor import TaskSet
 from flynn.host.jobs import resurrection
-from flynn.host.jobs.lifecycle import StopAsked
 from flynn.host.runtime.runtime import NotRunning
 from flynn.host.supervision import JobRun, Machine
 from flynn.types.errors import Conflict, NotFound, RateLimited, ServiceUnavailable, ValidationError
@@ -110,12 +109,10 @@ class JobRunner:
             NotFound: unknown job.
             ServiceUnavailable: it is still not down; the host keeps trying.
         """
-        job = self._machine.book.find(job_id)
+        self._machine.book.find(job_id)
         run = self._runs.get(job_id)
         if run is None:
             return
-        if not job.status.down:
-            await self._machine.book.apply(job_id, StopAsked())
         run.stop()
         try:
             async with asyncio.timeout(STOP_LIMIT_SECONDS):

@@ -32,6 +32,7 @@ from flynn.host.jobs.lifecycle import (
     Ended,
     Happening,
     Launched,
+    StopAsked,
     Withdrawn,
 )
 from flynn.host.layers import LayerStore
@@ -123,6 +124,8 @@ class JobRun:
 
     def stop(self) -> None:
         """Ask for the end: SIGTERM, 30 s, SIGKILL. Returns at once."""
+        if not self._job.status.down and not self._job.force_stop:
+            self._machine.book.note(self._id, StopAsked())
         self._stop.set()
 
     async def deregister(self) -> None:

@@ -25,7 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SERVER_NAME = "flynn-host.discoverd"
-DISCOVERD_SECONDS = 3.0
+DISCOVERD_SECONDS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
