@@ -4,8 +4,7 @@ Three things: traffic that leaves the overlay gets the host's address; nobody ou
 containers; and jobs of users and builds reach nothing of the platform but DNS and the router. Only jobs of system apps
 (`trusted`) reach control ports, which ask for certificates on top.
 
-What it cannot do: hold a job to its own address on the bridge. NET_RAW lets a job forge frames on its segment; what is
-behind control ports therefore also demands a client certificate.
+A second table, of the bridge family, holds each job to its own address: jobs have NET_RAW and could forge frames.
 """
 
 from __future__ import annotations
@@ -15,11 +14,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
+from flynn.host.network.ports import PREFIX, mac_address, port_name
+
 #: On hosts: Raft, discoverd, flynn-host, router API, flannel.
 CONTROL_PORTS = (1110, 1111, 1113, 5000, 5002)
 VXLAN_PORT = 8472
 DNS_PORT = 53
 ROUTER_PORTS = ("80", "443", "3000-3500")
+#: Larger subnets get no rules about forged addresses: they would have to name every port.
+LARGEST_BOUND_SUBNET = 4096
 
 
 class FirewallError(Exception):
@@ -39,7 +42,7 @@ class Policy:
 
 
 def render(policy: Policy) -> str:
-    """The whole table as one nft transaction that replaces what was there."""
+    """Both tables as one nft transaction that replaces what was there."""
     bridge, address, overlay, table = policy.bridge, policy.address, policy.overlay, f"inet {policy.table}"
     ports = ", ".join(ROUTER_PORTS)
     control = ", ".join(map(str, CONTROL_PORTS))
@@ -86,6 +89,31 @@ table {table} {{
         ip saddr {address.network} ip daddr != {overlay} masquerade
     }}
 }}
+{_render_binding(policy)}"""
+
+
+def _render_binding(policy: Policy) -> str:
+    """Frames of a job carry its own addresses; anything but IPv4 and ARP is dropped."""
+    table, network = f"bridge {policy.table}", policy.address.network
+    start = f"add table {table}\ndelete table {table}\n"
+    if network.num_addresses > LARGEST_BOUND_SUBNET:
+        return start
+    jobs = [str(address) for address in network.hosts() if address != policy.address.ip]
+    ports = ",\n".join(f"{port_name(job)} . {mac_address(job).hex(':')} . {job}" for job in jobs)
+    return f"""\
+{start}table {table} {{
+    set jobs {{
+        type ifname . ether_addr . ipv4_addr
+        elements = {{ {ports} }}
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority filter; policy accept;
+        iifname != "{PREFIX}*" accept
+        ether type ip iifname . ether saddr . ip saddr @jobs accept
+        ether type arp iifname . arp saddr ether . arp saddr ip @jobs accept
+        drop
+    }}
+}}
 """
 
 
@@ -94,7 +122,7 @@ def _elements(addresses: Collection[IPv4Address]) -> str:
 
 
 async def apply(policy: Policy) -> None:
-    """Make the kernel's table exactly this policy, atomically (`nft -f -`, about 10 ms). Idempotent."""
+    """Make the kernel's tables exactly this policy, atomically (`nft -f -`, about 10 ms). Idempotent."""
     await _nft(render(policy))
 
 
@@ -111,8 +139,9 @@ async def distrust(policy: Policy, address: IPv4Address) -> None:
 
 
 async def remove(table: str = "flynn") -> None:
-    """Drop the table if it is there."""
-    await _nft(f"add table inet {table}\ndelete table inet {table}\n")
+    """Drop the tables if they are there."""
+    families = (f"{family} {table}" for family in ("inet", "bridge"))
+    await _nft("".join(f"add table {name}\ndelete table {name}\n" for name in families))
 
 
 async def _nft(script: str) -> None:

@@ -132,12 +132,15 @@ class Init:
 
     def _connect_network(self, host: netlink.Netlink, bridge: int) -> None:
         assert self.plan.network is not None
-        outside, _, ip, prefix, gateway, mtu = self.plan.network
+        outside, _, mac, ip, prefix, gateway, mtu = self.plan.network
         own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        mac = b"\xfe" + os.urandom(5)
         pair = netlink.veth(outside=outside, bridge=bridge, inside="eth0", inside_namespace=own, mtu=mtu, mac=mac)
         new = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
-        host.request(netlink.RTM_NEWLINK, pair, new, f"create {outside}")
+        try:
+            host.request(netlink.RTM_NEWLINK, pair, new, f"create {outside}")
+        except FileExistsError:  # of the address's last owner: the kernel takes its time with dead namespaces
+            host.request(netlink.RTM_DELLINK, netlink.link_header() + netlink.name(netlink.IFLA_IFNAME, outside))
+            host.request(netlink.RTM_NEWLINK, pair, new, f"create {outside}")
         os.close(own)
         host.close()
         inside = netlink.Netlink()

@@ -31,7 +31,7 @@ class Plan:
     lower: list[str]  # the top layer first
     writable: str | None
     mounts: list[tuple[str, str, bool, str, str, int]]  # target, source, writable, fstype, options, flags
-    network: tuple[str, str, str, int, str, int] | None  # veth name, bridge, address, prefix, gateway, mtu
+    network: tuple[str, str, bytes, str, int, str, int] | None  # port, bridge, mac, address, prefix, gateway, mtu
     resolv_conf: bool  # there is a file of that name in `directory`
     hosts: str | None
     capabilities: int  # mask

@@ -30,11 +30,11 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
-from hashlib import blake2s
 from pathlib import Path
 from types import TracebackType
 
 import flynn
+from flynn.host.network import ports
 from flynn.host.runtime import init, kernel, netlink, seccomp
 from flynn.host.runtime import plan as plans
 from flynn.host.runtime import spec as specs
@@ -47,7 +47,6 @@ SET_UP_LIMIT = (
 )
 KILL_LIMIT = 10.0  # seconds for a SIGKILL to take effect
 KILLED = 128 + signal.SIGKILL
-_VETH = re.compile(r"veth[0-9a-f]{10}")  # 14 characters, the kernel's limit is 15
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _START_ZYGOTE = (
     "import sys; sys.path.append(sys.argv[1]); from flynn.host.runtime import zygote; zygote.main(int(sys.argv[2]))"
@@ -93,11 +92,6 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-def veth_name(container: str) -> str:
-    """The host's end of a container's veth pair."""
-    return "veth" + blake2s(container.encode(), digest_size=5).hexdigest()
-
-
 def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
     """Work a spec out into what init carries out. Pure; raises ValueError for names nobody knows."""
     network, mknod = spec.network, kernel.capability_mask(("MKNOD",))
@@ -117,7 +111,15 @@ def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
             "writable": spec.rootfs.writable,
             "mounts": [(m.target, m.source, m.writable, m.fstype, m.options, m.flags) for m in spec.mounts],
             "network": network
-            and (veth_name(spec.id), network.bridge, network.address, network.prefix, network.gateway, network.mtu),
+            and (
+                ports.port_name(network.address),
+                network.bridge,
+                ports.mac_address(network.address),
+                network.address,
+                network.prefix,
+                network.gateway,
+                network.mtu,
+            ),
             "resolv_conf": spec.resolv_conf is not None,
             "hosts": spec.hosts,
             # v2 has no device rules (only BPF programs): there a job neither makes device files nor uses its image's.
@@ -370,7 +372,7 @@ def _read_exit(directory: Path) -> Exit | None:
 def _remove_traces(tree: CgroupTree, spec: ContainerSpec) -> None:
     tree.remove(spec.partition, spec.id, KILL_LIMIT)
     if spec.network is not None:
-        _delete_link(veth_name(spec.id))
+        _delete_link(ports.port_name(spec.network.address))
     shutil.rmtree(spec.directory, ignore_errors=True)
 
 
@@ -562,8 +564,8 @@ class Runtime:
     async def collect_leftovers(self, known: Collection[str]) -> list[str]:
         """Kill and remove all containers below the cgroup root whose id is not in `known`; return their ids.
 
-        For the start of the daemon: call it with the ids of the reconnected containers. Also removes empty cgroups and
-        veth ends of earlier runs. Directories below `<state_dir>/jobs` of unknown ids are left to the caller.
+        For the start of the daemon: call it with the ids of the reconnected containers. Also removes empty cgroups;
+        interfaces go with their namespaces, a moment later. Directories are left to the caller.
         """
         return await asyncio.to_thread(self._collect_leftovers, frozenset(known))
 
@@ -573,10 +575,6 @@ class Runtime:
             self.cgroups.kill(partition, name)
         for partition, name in found:
             self.cgroups.remove(partition, name)
-        keep = {veth_name(name) for name in known}
-        for _, link in socket.if_nameindex():
-            if _VETH.fullmatch(link) and link not in keep:
-                _delete_link(link)
         return sorted({name for _, name in found})
 
 

@@ -15,6 +15,7 @@ import pytest
 from flynn.host.network import firewall
 from flynn.host.network.bridge import ensure_bridge, remove_bridge
 from flynn.host.network.firewall import Policy
+from flynn.host.network.ports import mac_address, port_name
 from flynn.host.runtime import kernel
 
 pytestmark = pytest.mark.root
@@ -61,10 +62,12 @@ class World:
 
     def _veth(self, name: str, address: str, extra: str, gateway: str | None) -> None:
         peer = f"/proc/self/fd/{self.namespaces[name]}"
-        sh(f"ip link add v{name} type veth peer name eth0")
+        outside = port_name(address.partition("/")[0]) if gateway else f"v{name}"
+        mac = f"address {mac_address(address.partition('/')[0]).hex(':')}" if gateway else ""
+        sh(f"ip link add {outside} type veth peer name eth0 {mac}")
         inside = self.namespaces[name]
         subprocess.run(["ip", "link", "set", "eth0", "netns", peer], check=True, pass_fds=[inside])
-        sh(f"ip link set v{name} {extra} up")
+        sh(f"ip link set {outside} {extra} up")
         with self.inside(name):
             sh(f"ip addr add {address} dev eth0; ip link set eth0 up")
             if gateway:
@@ -145,6 +148,34 @@ def world() -> Iterator[World]:
 )
 def test_who_reaches_what(world: World, who: str, address: str, port: int, allowed: bool) -> None:
     assert world.reaches(who, address, port) is allowed
+
+
+def test_a_job_cannot_speak_as_another(world: World) -> None:
+    """Not even while the other one is silent and nobody remembers where it was."""
+    with world.inside("system"):
+        sh("ip link set eth0 down")
+    with world.inside("user"):
+        sh(f"ip addr add {SYSTEM}/32 dev eth0; ip neigh flush dev eth0")
+    sh("ip neigh flush dev fwbr0")
+    try:
+        with world.inside("user"), socket.socket() as client:
+            client.bind((SYSTEM, 0))
+            client.settimeout(0.5)
+            with pytest.raises(OSError):
+                client.connect((BRIDGE, 1111))
+    finally:
+        with world.inside("user"):
+            sh(f"ip addr del {SYSTEM}/32 dev eth0")
+        with world.inside("system"):
+            sh(f"ip link set eth0 up; ip route add default via {BRIDGE}")
+    assert world.reaches("user", BRIDGE, 80)
+    assert world.reaches("system", BRIDGE, 1111)
+
+
+def test_large_subnets_are_not_bound_port_by_port() -> None:
+    wide = replace(POLICY, address=IPv4Interface("100.101.0.1/16"))
+    assert len(firewall.render(wide)) < 4000
+    assert port_name("100.101.7.2") in firewall.render(POLICY)
 
 
 def test_masquerade_only_outside_the_overlay(world: World) -> None:

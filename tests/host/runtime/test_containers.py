@@ -261,7 +261,13 @@ class TestNetwork:
 
     async def test_interfaces_vanish(self, runtime: Runtime, spec: Make) -> None:
         await run(runtime, spec(network=network(12)))
-        assert "veth" not in [name[:4] for _, name in socket.if_nameindex()]
+        assert "vflynn" not in [name[:6] for _, name in socket.if_nameindex()]
+
+    async def test_a_new_owner_of_an_address_takes_the_port_over(self, runtime: Runtime, spec: Make) -> None:
+        first = await started(runtime, spec("sleep 100", network=network(13)))
+        _, out, _ = await run(runtime, spec(f"ping -c1 -W2 {ADDRESS} | grep -c ttl", network=network(13)))
+        assert out == "1\n"
+        await first.destroy()
 
 
 class TestDaemonDeath:
@@ -310,7 +316,9 @@ class TestDaemonDeath:
         with pytest.raises(ContainerLost):
             await runtime.reconnect(first.directory)
         assert await runtime.collect_leftovers([]) == [first.id]
-        assert "veth" not in [name[:4] for _, name in socket.if_nameindex()]
+        async with asyncio.timeout(5):
+            while "vflynn" in [name[:6] for _, name in socket.if_nameindex()]:
+                await asyncio.sleep(0.02)
 
     async def test_nothing_there_is_lost(self, runtime: Runtime, tmp_path: Path) -> None:
         with pytest.raises(ContainerLost):

@@ -75,4 +75,6 @@ async def test_killed_anywhere(seed: int, layer: Path, tmp_path: Path) -> None:
         runtime.cgroups.remove_all()
     assert loop.mount_points(tmp_path) == []
     assert list((tmp_path / "scratch").iterdir()) == []
-    assert not [name for _, name in socket.if_nameindex() if name.startswith("veth")]
+    async with asyncio.timeout(5):
+        while [name for _, name in socket.if_nameindex() if name.startswith("vflynn")]:
+            await asyncio.sleep(0.05)

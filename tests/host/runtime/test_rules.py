@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flynn.host.network.ports import mac_address, port_name
 from flynn.host.runtime import netlink, seccomp
 from flynn.host.runtime.cgroups import CgroupError, Layout, device_rule, layout_from, steps_for, weight_from_shares
 from flynn.host.runtime.process import CannotStart, find_command
-from flynn.host.runtime.runtime import Exit, exit_from, plan_for, veth_name
+from flynn.host.runtime.runtime import Exit, exit_from, plan_for
 from flynn.host.runtime.spec import ContainerSpec, Device, Limits, RootFS
 
 V1 = """\
@@ -190,9 +191,9 @@ class TestSeccomp:
         assert seccomp.program((), "riscv64") == b""
 
 
-def test_veth_names_fit_the_kernel() -> None:
-    assert len(veth_name("host0-" + "x" * 60)) == 14
-    assert veth_name("a") != veth_name("b")
+def test_port_names_fit_the_kernel() -> None:
+    assert port_name("100.100.7.2") == "vflynn64640702"
+    assert mac_address("100.100.7.2").hex(":") == "fe:00:64:64:07:02"
 
 
 def test_attributes_are_padded_to_four_bytes() -> None:
