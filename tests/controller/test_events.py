@@ -137,12 +137,12 @@ async def test_the_database_may_be_killed(
 
 
 async def test_the_way_out(world: World, controller: Controller) -> None:
-    async with aclosing(world.client()._http.events("/events", Event)) as stream:  # type: ignore[type-var]
+    async with world.http() as http, aclosing(http.events("/events", Event)) as stream:  # type: ignore[type-var]
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.1)
         world.door.open = False
         world.stores.hub.stop(world.door.reason)
         with pytest.raises(Exception, match="controller: shutting down"):
             await waiting
-    with pytest.raises(ServiceUnavailable, match="controller: shutting down"):
-        await world.http().get("/ping")
+        with pytest.raises(ServiceUnavailable, match="controller: shutting down"):
+            await http.get("/ping")
