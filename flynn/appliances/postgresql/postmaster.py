@@ -59,10 +59,14 @@ async def ensure_data_directory(installation: Installation, data: Path) -> None:
     """Make an empty cluster in `data` unless there is one. A crash on the way leaves nothing that looks like one."""
     if (data / "PG_VERSION").exists():
         return
+    if data.exists():
+        try:
+            data.rmdir()
+        except OSError as error:
+            raise DatabaseError(f"{data} is neither empty nor a database cluster: nothing in it is touched") from error
     beside = data.with_name(f"{data.name}.new")
-    for unfinished in (beside, data):
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
+    if beside.exists():
+        shutil.rmtree(beside)
     beside.mkdir(mode=0o700)
     installation.own(beside)
     log.info("making a new database cluster", extra={"data": data})

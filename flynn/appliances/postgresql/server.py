@@ -64,8 +64,7 @@ class PostgreSQL:
         self._identity = identity
         self._wanted: DatabaseConfig | None = None
         self._postmaster: Postmaster | None = None
-        self._started = asyncio.Event()
-        self._ready = False  # the superuser can come in with the password of the environment
+        self._became_ready = asyncio.Event()  # the superuser can come in with the password of the environment
         self._lock = asyncio.Lock()  # one start, stop or reload at a time
         self._probe: Connection | None = None
         self._probing = asyncio.Lock()  # one query at a time on the probe's connection
@@ -101,35 +100,47 @@ class PostgreSQL:
             running=running,
             xlog=position,
             user_exists=user_exists,
-            read_write=read_write and self._ready,  # those who wait for this connect as the superuser next
+            read_write=read_write
+            and self._became_ready.is_set(),  # those who wait for this connect as the superuser next
         )
 
     # --- endless tasks
 
     async def keep_running(self) -> None:
-        """Start the server again whenever it ends without having been asked to."""
+        """Start the server again whenever it ends without having been asked to.
+
+        A server that never became ready is the caller's of `apply`, who was told and tries again.
+        """
         loop = asyncio.get_running_loop()
         delays = RESTART.delays()
         while True:
-            await self._started.wait()
+            await self._became_ready.wait()
             postmaster, began = self._postmaster, loop.time()
-            if postmaster is None:
-                self._started.clear()
-                continue
+            assert postmaster is not None  # the event is cleared together with it
             status = await postmaster.exited()
             async with self._lock:
                 if self._postmaster is not postmaster:
                     continue  # it was stopped on purpose, and maybe another one runs by now
+                self._became_ready.clear()
                 log.error("the server ended by itself", extra={"pid": postmaster.pid, "status": status})
             if loop.time() - began > STEADY.total_seconds():
                 delays = RESTART.delays()
-            await asyncio.sleep(next(delays))
-            async with self._lock:
-                if self._postmaster is postmaster:
-                    try:
-                        await self._start()
-                    except DatabaseError as error:
-                        log.error("the server did not start again", extra={"error": error})
+            back = False
+            while not back:
+                await asyncio.sleep(next(delays))
+                back = await self._back_again()
+
+    async def _back_again(self) -> bool:
+        """Start the server if it is wanted and down; False if that failed."""
+        async with self._lock:
+            if self._running or self._wanted is None or self._wanted.role is Role.NONE:
+                return True
+            try:
+                await self._start()
+            except DatabaseError as error:
+                log.error("the server did not start again", extra={"error": error})
+                return False
+            return True
 
     async def keep_certificate(self) -> None:
         """Let the server present a renewed certificate to new connections."""
@@ -152,7 +163,6 @@ class PostgreSQL:
     async def _start(self) -> None:
         config = self._config
         data = config.data / "db"
-        self._ready = False
         try:
             os.chmod(config.data, 0o755)  # the server's user has to get through to its own directory
             config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -164,15 +174,14 @@ class PostgreSQL:
             self._postmaster = await Postmaster.start(config.installation, data)
         except OSError as error:
             raise DatabaseError(f"cannot start the server: {error}") from error
-        self._started.set()
         await self._wait_until_ready(self._postmaster)
         await self._ensure_superuser()
-        self._ready = True
+        self._became_ready.set()
         log.info("the server is ready", extra={"pid": self._postmaster.pid, "port": config.port})
 
     async def _stop(self) -> None:
         postmaster, self._postmaster = self._postmaster, None
-        self._started.clear()
+        self._became_ready.clear()
         await self._close_probe()
         if postmaster is not None:
             await postmaster.stop()

@@ -50,6 +50,7 @@ class Peer:
     role: Role = Role.UNKNOWN
     reason: str = "starting"
     retry_pending: datetime | None = None
+    refusal: str = ""  # why it is pending
     cluster: Cluster = field(default_factory=Cluster)
     _index: int = 0  # log index of the newest state known
     _current: bool = False  # the directory has told all there is
@@ -120,10 +121,12 @@ class Peer:
         try:
             await self.database.apply(self._wanted(decision))
         except DatabaseError as error:
-            log.error("the database is not as it should be", extra={"role": decision.role, "error": error})
+            if str(error) != self.refusal:
+                log.error("the database is not as it should be", extra={"role": decision.role, "error": error})
+            self.refusal = str(error)
             self.retry_pending = self.retry_pending or self.clock.now()
             return False
-        self.retry_pending = None
+        self.retry_pending, self.refusal = None, ""
         return True
 
     def _wanted(self, decision: Decision) -> DatabaseConfig:

@@ -255,3 +255,15 @@ def server_pid(site: Site) -> int:
 
 async def gone(pid: int) -> None:
     assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_a_directory_with_something_else_in_it_is_not_touched(site: Site) -> None:
+    (site.root / "data/db").mkdir()
+    (site.root / "data/db/precious").write_text("x")
+    async with database(site, MemoryRegistry()) as client:
+
+        async def refused() -> None:
+            assert (await client.status()).peer.retry_pending is not None
+
+        await eventually(refused, AssertionError)
+    assert (site.root / "data/db/precious").read_text() == "x"
