@@ -32,12 +32,13 @@ class TestMachine:
     def __init__(self, directory: Path, image: Mountspec, *, number: int, provider: str = "directory") -> None:
         self.directory, self.image, self.provider = directory, image, provider
         self.name = f"fht{os.getpid()}x{number}"
+        self.cable = f"fhv{os.getpid() % 100000}x{number}"
         self.ip, self.outside = f"10.214.{number}.2", f"10.214.{number}.1"
         self.state, self.config, self.console = directory / "state", directory / "config", directory / "console"
         self.process: subprocess.Popen[bytes] | None = None
 
     def plug_in(self) -> None:
-        cable = f"fhv{os.getpid() % 100000}x{self.ip.split('.')[2]}"
+        cable = self.cable
         for command in (
             f"ip netns add {self.name}",
             f"ip -n {self.name} link set lo up",
@@ -121,6 +122,7 @@ class TestMachine:
                     break
                 except OSError:
                     time.sleep(0.02)
+        subprocess.run(["ip", "link", "del", self.cable], check=False)
         subprocess.run(["ip", "netns", "del", self.name], check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
 

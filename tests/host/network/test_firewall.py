@@ -96,7 +96,7 @@ class World:
 
     def reaches(self, who: str, address: str, port: int) -> bool:
         with self.inside(who), socket.socket() as client:
-            client.settimeout(0.3)
+            client.settimeout(0.5)
             try:
                 client.connect((address, port))
             except OSError:
@@ -168,6 +168,7 @@ def test_a_job_cannot_speak_as_another(world: World) -> None:
             sh(f"ip addr del {SYSTEM}/32 dev eth0")
         with world.inside("system"):
             sh(f"ip link set eth0 up; ip route add default via {BRIDGE}")
+    sh("ip neigh flush dev fwbr0")
     assert world.reaches("user", BRIDGE, 80)
     assert world.reaches("system", BRIDGE, 1111)
 

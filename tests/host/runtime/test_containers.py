@@ -320,6 +320,14 @@ class TestDaemonDeath:
             while "vflynn" in [name[:6] for _, name in socket.if_nameindex()]:
                 await asyncio.sleep(0.02)
 
+    async def test_one_frozen_by_a_daemon_that_died_killing_it(self, runtime: Runtime, spec: Make) -> None:
+        first = await started(runtime, spec("sleep 100"))
+        first.close()
+        runtime.cgroups._set_freezer("user", first.id, "FROZEN")
+        container = await runtime.reconnect(first.directory)
+        assert container.state is State.RUNNING
+        await container.destroy()
+
     async def test_nothing_there_is_lost(self, runtime: Runtime, tmp_path: Path) -> None:
         with pytest.raises(ContainerLost):
             await runtime.reconnect(tmp_path / "none")
