@@ -113,14 +113,15 @@ class Blobstore:
             headers["If-None-Match"] = "*"
         return BlobInfo.of(await self._http.upload(quote(name), body, headers=headers))
 
-    async def copy(self, source: str, target: str) -> BlobInfo:
-        """Make `target` the same as `source`, inside the store. Raises NotFound."""
-        headers = {"Blobstore-Copy-From": source}
+    async def copy(self, source: str, target: str, *, only_create: bool = False) -> BlobInfo:
+        """Make `target` the same as `source`, inside the store. Raises NotFound, or PreconditionFailed as `put` does."""
+        headers = {"Blobstore-Copy-From": source} | ({"If-None-Match": "*"} if only_create else {})
         return BlobInfo.of(await self._http.upload(quote(target), b"", headers=headers))
 
-    async def delete(self, name: str) -> None:
-        """Remove a blob and everything below it; none is fine."""
-        await self._http.delete(quote(name))
+    async def delete(self, name: str, *, if_match: str | None = None) -> None:
+        """Remove a blob and everything below it; none is fine. Raises PreconditionFailed as `put` does."""
+        headers = {"If-Match": if_match} if if_match is not None else {}
+        await self._http.call("DELETE", quote(name), headers=headers)
 
     async def children(self, directory: str = "/") -> list[str]:
         """Return the names directly below a directory, directories with a trailing slash."""

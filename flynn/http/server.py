@@ -16,7 +16,7 @@ import hmac
 import logging
 import ssl
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -430,6 +430,10 @@ async def _send_chunks(raw: web.Request, result: Streaming, extra: Mapping[str, 
         if raw.transport is not None:
             raw.transport.close()
         raise ConnectionError("broken off") from error
+    finally:
+        # The client may have left between two pieces; a generator is to end now, not when it is collected.
+        if isinstance(result.chunks, AsyncGenerator):
+            await result.chunks.aclose()
     await response.write_eof()
     return response
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from flynn.slugbuilder.build import Build
@@ -18,6 +19,8 @@ def main() -> None:
     except (KeyError, ValueError) as error:
         sys.exit(f"ERROR: not a build job: {error}")
     os.umask(0o022)
+    # Whoever started the build watches it, but may be killed: the job then ends by itself.
+    signal.alarm(int(os.environ.get("BUILD_SECONDS") or 0))
     try:
         Build(settings, sys.stdin.buffer, sys.stdout.buffer).run()
     except StepFailed as error:
