@@ -271,13 +271,36 @@ class Api:
 
     def _application(self, key: str | None, pending: set[asyncio.Task[Any]]) -> web.Application:
         application = web.Application(
-            client_max_size=1 << 62, middlewares=[web.middleware(_not_found_is_404)], handler_args={}
+            client_max_size=1 << 62, middlewares=[web.middleware(self._unknown_is_404(key))], handler_args={}
         )
         for endpoint in self.endpoints:
             application.router.add_route(
                 endpoint.method, endpoint.path, self._adapter(endpoint, key, pending), expect_handler=_no_continue_limit
             )
         return application
+
+    def _unknown_is_404(
+        self, key: str | None
+    ) -> Callable[[web.Request, Callable[[web.Request], Awaitable[web.StreamResponse]]], Awaitable[web.StreamResponse]]:
+        async def middleware(
+            raw: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            try:
+                return await handler(raw)
+            except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+                request = Request(raw, _caller(raw, key), self._max_body_bytes)
+                extra = dict(self._headers(request)) if self._headers else {}
+                try:
+                    if self._before is not None and (early := self._before(request)) is not None:
+                        return _raw_response(early, extra)
+                    if self._authorize is not None:
+                        # Whoever may not come in does not learn what is there either.
+                        self._authorize(request)
+                except ApiError as error:
+                    return self._refusal(error, extra)
+                return web.Response(status=404, text="404 page not found\n", headers=extra)
+
+        return middleware
 
     def _adapter(
         self, endpoint: Endpoint, key: str | None, pending: set[asyncio.Task[Any]]
@@ -359,15 +382,6 @@ async def _metrics(request: Request) -> Raw:
     from prometheus_client import generate_latest  # Most daemons are never scraped.
 
     return Raw(generate_latest(), "text/plain; version=0.0.4")
-
-
-async def _not_found_is_404(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return web.Response(status=404, text="404 page not found\n")
 
 
 def _caller(raw: web.Request, key: str | None) -> Peer | None:
