@@ -18,6 +18,10 @@ from flynn.types.route import Route
 CATCH_ALL = "*"
 RESERVED_TCP_PORTS = (80, 443)
 
+PUBLIC_SERVICES = frozenset({"controller", "gitreceive", "tarreceive", "status-web", "dashboard-web"})
+"""Daemons of the platform that the outside may reach. To any other one the router would lend its own certificate, which
+opens doors that are meant for parts of the platform only: a route to `discoverd` must not make everybody one."""
+
 CheckPair = Callable[[str, str], str | None]
 """Says what is wrong with a certificate and its private key (PEM), or None."""
 
@@ -166,6 +170,8 @@ def build(
     for route in sorted(routes, key=lambda r: (r.path.strip("/") != "", r.created_at, r.id)):
         if not route.service:
             refuse(route, "has no service")
+        elif route.service not in PUBLIC_SERVICES and _is_platform(route.service, services, platform_services):
+            refuse(route, f"{route.service} is a part of the platform that is not for the outside")
         elif route.type == "tcp":
             pool = PoolKey(route.service, "tcp", leader=route.leader)
             if not 0 < route.port < 65536 or route.port in RESERVED_TCP_PORTS:
@@ -199,6 +205,10 @@ def build(
         certificates=dict(sorted(certificates.items())),
         problems=tuple(sorted(problems)),
     )
+
+
+def _is_platform(service: str, services: Mapping[str, ServiceState], known: frozenset[str]) -> bool:
+    return service in known or any(i.proto == "https" for i in services.get(service, ServiceState()).instances)
 
 
 def _split(route: Route) -> tuple[str, str]:
