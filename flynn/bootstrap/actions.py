@@ -39,7 +39,7 @@ from flynn.types.volume import VolumeRequest
 
 T = TypeVar("T")
 
-SERVICE_WAIT = timedelta(minutes=5)
+SERVICE_WAIT = timedelta(minutes=2)
 SCALE_WAIT = timedelta(minutes=5)
 ROUTE_WAIT = timedelta(seconds=10)
 

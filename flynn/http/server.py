@@ -24,6 +24,8 @@ from typing import Any, NoReturn, TypeVar
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler as AiohttpHandler
+from aiohttp.typedefs import Middleware
 
 from flynn.http import sse
 from flynn.http.connection import RawConnection
@@ -279,23 +281,19 @@ class Api:
             )
         return application
 
-    def _unknown_is_404(
-        self, key: str | None
-    ) -> Callable[[web.Request, Callable[[web.Request], Awaitable[web.StreamResponse]]], Awaitable[web.StreamResponse]]:
-        async def middleware(
-            raw: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
+    def _unknown_is_404(self, key: str | None) -> Middleware:
+        async def middleware(request: web.Request, handler: AiohttpHandler) -> web.StreamResponse:
             try:
-                return await handler(raw)
+                return await handler(request)
             except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-                request = Request(raw, _caller(raw, key), self._max_body_bytes)
-                extra = dict(self._headers(request)) if self._headers else {}
+                asked = Request(request, _caller(request, key), self._max_body_bytes)
+                extra = dict(self._headers(asked)) if self._headers else {}
                 try:
-                    if self._before is not None and (early := self._before(request)) is not None:
+                    if self._before is not None and (early := self._before(asked)) is not None:
                         return _raw_response(early, extra)
                     if self._authorize is not None:
                         # Whoever may not come in does not learn what is there either.
-                        self._authorize(request)
+                        self._authorize(asked)
                 except ApiError as error:
                     return self._refusal(error, extra)
                 return web.Response(status=404, text="404 page not found\n", headers=extra)
