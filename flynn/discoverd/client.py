@@ -51,7 +51,7 @@ class Discoverd:
         if not endpoints:
             raise ValueError("a client of discoverd needs at least one endpoint")
         self._endpoints = list(endpoints)
-        self._preferred = 0  # the endpoint that answered last
+        self._preferred = random.randrange(len(endpoints))  # where to begin; then the endpoint that answered last
 
     @classmethod
     def connect(

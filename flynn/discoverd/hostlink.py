@@ -20,8 +20,8 @@ from flynn.types.host import DiscoverdConfig, HostStatus, NetworkConfig
 
 log = logging.getLogger(__name__)
 
-BOOT_INTERVAL = 0.5  # seconds between looks while the machine is coming up
-INTERVAL = 3.0  # afterwards: how long a restarted host may wait for what it forgot
+BOOT_INTERVAL = 0.2  # seconds between looks while the machine is coming up
+INTERVAL = 1.0  # afterwards: how long a restarted host may wait for what it forgot
 DNS_PORT = 53
 
 ServeNames = Callable[[Address, Sequence[str]], AbstractAsyncContextManager[Address]]

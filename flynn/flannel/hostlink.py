@@ -12,8 +12,8 @@ from flynn.types.host import NetworkConfig
 
 log = logging.getLogger(__name__)
 
-BOOT_INTERVAL = 0.3  # seconds while the host has not taken the network
-INTERVAL = 3.0  # afterwards: how long a restarted host may wait
+BOOT_INTERVAL = 0.2  # seconds while the host has not taken the network
+INTERVAL = 1.0  # afterwards: how long a restarted host may wait
 
 
 def announcement(overlay: Overlay, lease: Lease, mtu: int, job_id: str) -> NetworkConfig:

@@ -145,3 +145,24 @@ async def test_three_members_replicate_elect_and_catch_up(three: list[Place]) ->
 
         back = await stacks[gone].enter_async_context(member(three[gone], three))
         await until(lambda: "after-the-loss" in back.state.services and len(back.state.services) == 4)
+
+
+@pytest.mark.slow
+async def test_a_cluster_of_one_grows_and_remembers_it(three: list[Place]) -> None:
+    first, second, _ = three
+    async with AsyncExitStack() as running:
+        alone = await running.enter_async_context(AsyncExitStack())
+        founder = await alone.enter_async_context(member(first))
+        await written(first, "before")
+        joined = await running.enter_async_context(member(second, [first, second]))
+        async with first.http() as http:
+            await http.put(f"/raft/peers/{second.http_address}")
+        await until(lambda: "before" in joined.state.services)
+        assert founder.raft.members == joined.raft.members
+        await alone.aclose()
+        # The founder's configuration still says that it is alone; on its own it must not think so.
+        again = await alone.enter_async_context(member(first, [first]))
+        assert len(again.raft.members) == 2
+        await leader_among([again, joined])
+        await written(first, "after")
+        await until(lambda: all("after" in one.state.services for one in (again, joined)))

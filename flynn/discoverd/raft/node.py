@@ -9,6 +9,8 @@ What differs from pysyncobj as it comes, and why:
   a follower confirms.
 - Snapshots are our own format, and the journal is trimmed to the snapshot when both are loaded: pysyncobj would drop
   the entries behind a snapshot if the process died between writing one and shortening the log.
+- Membership is kept in a file of its own. pysyncobj learns of a change only when it applies the log again, so a member
+  that restarts would begin with the cluster of its configuration: one that was once alone would elect itself.
 - Always with a password: its wire carries pickles, which from a stranger would be code.
 
 The state machine runs in this thread; results and news go to the event loop with `call_soon_threadsafe`, in order.
@@ -25,13 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import pysyncobj.syncobj
 from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, SyncObjException, replicated
 from pysyncobj.journal import MemoryJournal
 from pysyncobj.node import TCPNode
 from pysyncobj.transport import TCPTransport
 
-from flynn.discoverd.raft.journal import DurableJournal
+from flynn.discoverd.raft.journal import DurableJournal, write_durably
 from flynn.discoverd.raft.snapshot import Snapshot
 from flynn.types.errors import ServiceUnavailable
 
@@ -68,7 +71,7 @@ class NotReplicated(ServiceUnavailable):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaftConfig:
     address: str  # own `ip:port` of the Raft port, which is also this member's name
-    peers: Sequence[str]  # members at first start, own address included or not
+    peers: Sequence[str]  # members at the very first start, own address included or not
     directory: Path
     password: str
 
@@ -152,11 +155,11 @@ class RaftNode:
             while not self._stopping.is_set():
                 before = member.position
                 member.doTick(0.0)
-                member.journal.sync()
+                member.persist()
                 if member.position == before:
                     alone = not member.otherNodes and member._isLeader()
                     member.doTick(WAIT_ALONE if alone else WAIT_IN_COMPANY)
-                    member.journal.sync()
+                    member.persist()
         except BaseException:
             # Without its log a member must not go on: the process ends and starts again from what is on disk.
             log.critical("the Raft thread failed", exc_info=True)
@@ -204,7 +207,9 @@ pysyncobj.syncobj.createJournal = _create_journal
 class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
     def __init__(self, config: RaftConfig, machine: StateMachine, on_state: Callable[[int, int], None]) -> None:
         self._machine = machine
-        others = [peer for peer in config.peers if peer != config.address]
+        self._members_file = config.directory / "members.json"
+        self._members_known = _read_members(self._members_file)
+        others = [peer for peer in self._members_known or config.peers if peer != config.address]
         shortest, longest = ELECTION_TIMEOUT if others else ALONE_ELECTION_TIMEOUT
         conf = SyncObjConf(
             password=config.password,
@@ -236,6 +241,14 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         journal: DurableJournal = self._SyncObj__raftLog
         return journal
 
+    def persist(self) -> None:
+        """Put on disk what happened since the last call, membership first: too many members are safe, too few not."""
+        members = frozenset(node.address for node in (*self.otherNodes, self.selfNode))
+        if members != self._members_known:
+            write_durably(self._members_file, msgspec.json.encode(sorted(members)))
+            self._members_known = members
+        self.journal.sync()
+
     @property
     def position(self) -> tuple[int, int, int, int]:
         """Changes as long as there is something to do at once."""
@@ -266,6 +279,13 @@ class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no type
         if isinstance(message, dict) and message.get("type") == "next_node_idx":
             self._syncObj.journal.sync()  # "I have these entries" must be true after a power cut, too
         return bool(super().send(node, message))
+
+
+def _read_members(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(msgspec.json.decode(path.read_bytes(), type=list[str]))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def _settle(outcome: asyncio.Future[Any], result: object, reason: int) -> None:
