@@ -258,11 +258,13 @@ class Controller:
         *,
         tags: Tags | None = None,
         timeout: timedelta = SCALE_TIMEOUT,
+        on_created: Callable[[ScaleRequest], None] | None = None,
         on_job: Callable[[Job], None] | None = None,
     ) -> ScaleRequest:
         """Scale the given types of a release and wait until the jobs are there.
 
-        `on_job` sees every job event of the release meanwhile; what it raises ends the wait.
+        `on_created` sees the request as the controller took it, `on_job` every job event of the release meanwhile;
+        what they raise ends the wait.
 
         Raises:
             ScaleFailed: cancelled by a later request, or not done within `timeout`.
@@ -276,6 +278,8 @@ class Controller:
             async with asyncio.timeout(timeout.total_seconds()):
                 async with self._subscribed(app_id=target.id, object_types=types) as events:
                     created = await self.put_scale_request(request)
+                    if on_created is not None:
+                        on_created(created)
                     async for event in events:
                         if event.object_type == EventType.JOB:
                             job = convert(event.data, Job)
