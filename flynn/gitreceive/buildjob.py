@@ -20,7 +20,7 @@ from flynn.blobstore.client import sign
 from flynn.gitreceive.release import BUILDER_TYPE, CannotBuild, Stack
 from flynn.host.attach import AttachRefused, Data, Exit, Failure, ProtocolViolation, Stream
 from flynn.host.client import Attachment, HostClient
-from flynn.jobspec import job_id, mountspecs
+from flynn.jobspec import entrypoint, job_id, mountspecs
 from flynn.types.app import App
 from flynn.types.artifact import Artifact
 from flynn.types.errors import ApiError
@@ -124,7 +124,7 @@ def build_job(
         partition=PARTITION,
         config=ContainerConfig(
             args=["/builder/build.sh"],
-            env=dict(environment),
+            env={**entrypoint([builder], BUILDER_TYPE).env, **environment},
             stdin=True,
             disable_log=True,
             volumes=[VolumeBinding(target="/tmp", volume=volume, writeable=True, delete_on_stop=True)],

@@ -13,6 +13,16 @@ SLUG_UID = 5000
 SLUG_USER = "flynn"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
+CA_BUNDLE_VARIABLES = (
+    "PIP_CERT",
+    "REQUESTS_CA_BUNDLE",
+    "NODE_EXTRA_CA_CERTS",
+    "NPM_CONFIG_CAFILE",
+    "SSL_CERT_FILE",
+    "CURL_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+)
+
 PASSED_ON = (
     "STACK",
     "CF_STACK",
@@ -114,6 +124,6 @@ class Settings:
         }
         if CA_BUNDLE.exists():
             # Tools that bring their own list of authorities do not know those of the network they run in.
-            for name in ("PIP_CERT", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "CURL_CA_BUNDLE"):
+            for name in CA_BUNDLE_VARIABLES:
                 environment[name] = str(CA_BUNDLE)
         return environment | dict(self.environment)
