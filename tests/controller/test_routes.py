@@ -138,3 +138,11 @@ async def test_pages_of_other_origins(world: World) -> None:
         origin = {"Origin": "https://dashboard.cluster.test"}
         async with http._request("OPTIONS", "/apps", origin, None, None, 5) as answer:
             assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+
+
+async def test_private_keys_stay_out_of_the_event_log(controller: Controller, app: App) -> None:
+    pair = ClusterCA.create().issue_site(["shop.example.com"])
+    await controller.create_route("shop", http(tls_cert=pair.cert.decode(), tls_key=pair.key.decode()))
+    [event] = await controller.events(object_types=["route"])
+    assert "CERTIFICATE" in event.data["certificate"]["cert"]
+    assert "PRIVATE KEY" not in str(event.data)

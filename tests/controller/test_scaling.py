@@ -137,7 +137,9 @@ async def test_the_stream_replays_marks_and_follows(controller: Controller, shop
         assert (mark.app, mark.updated_at.year) == (None, 1)
         await controller.put_formation(wanted(shop, web=2))
         live = await next_of(stream)
-        assert live.processes == {"web": 2} and live.pending_scale_request is not None
+        while live.processes != {"web": 2}:  # what was told already may be told again
+            live = await next_of(stream)
+        assert live.pending_scale_request is not None
         await controller.delete_formation("shop", shop.release.id)
         gone = await next_of(stream)
         while not gone.deleted:  # the cancelled request is told as well

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.stores import Stores
 from flynn.controller.validation import known_keys
 from flynn.controller.wire import AppUpdate, ReleaseRef
@@ -38,7 +38,7 @@ class AppsApi:
             api.route(method, path, handler, allow=INSIDERS_WITH_KEY)
 
     async def create(self, request: Request) -> App:
-        return await self._apps.create(await request.body(App))
+        return await self._apps.create(await body_of(request, App))
 
     async def all(self, request: Request) -> list[App]:
         return await self._apps.all()
@@ -68,5 +68,5 @@ class AppsApi:
         return await self._releases.get(app.release)
 
     async def set_current_release(self, request: Request) -> Release:
-        wanted = await request.body(ReleaseRef)
+        wanted = await body_of(request, ReleaseRef)
         return await self._apps.set_release(request.path("app"), wanted.id)

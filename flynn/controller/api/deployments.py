@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.stores import Stores
 from flynn.controller.wire import ReleaseRef
 from flynn.http.server import Api, Request
@@ -26,7 +26,7 @@ class DeploymentsApi:
             api.route(method, path, handler, allow=INSIDERS_WITH_KEY)
 
     async def create(self, request: Request) -> Deployment:
-        wanted = await request.body(ReleaseRef)
+        wanted = await body_of(request, ReleaseRef)
         return await self._deployments.create(request.path("app"), wanted.id)
 
     async def of_app(self, request: Request) -> list[Deployment]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from flynn.controller import validation
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY, moment
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of, moment
 from flynn.controller.api.streams import state_stream
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, EventStream, Request
@@ -71,7 +71,7 @@ class FormationsApi:
         return formation
 
     async def put(self, request: Request) -> Formation:
-        wanted = await request.body(Formation)
+        wanted = await body_of(request, Formation)
         return await self._stores.formations.put(
             request.path("app"), request.path("release"), wanted.processes, wanted.tags
         )
@@ -80,7 +80,7 @@ class FormationsApi:
         await self._stores.formations.delete(request.path("app"), request.path("release"))
 
     async def scale(self, request: Request) -> ScaleRequest:
-        wanted = await request.body(ScaleRequest)
+        wanted = await body_of(request, ScaleRequest)
         validation.scale_state(wanted.state)
         if wanted.state == ScaleState.PENDING:
             return await self._stores.formations.scale(

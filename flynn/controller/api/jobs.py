@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.hosts import Hosts
 from flynn.controller.oneoff import OneOffRuns
 from flynn.controller.stores import Stores
@@ -46,7 +46,7 @@ class JobsApi:
         return await self._jobs.get(request.path("job"))
 
     async def put(self, request: Request) -> Job:
-        job = await request.body(Job)
+        job = await body_of(request, Job)
         return await self._jobs.put(job if job.uuid else replace(job, uuid=request.path("job")))
 
     async def kill(self, request: Request) -> None:
@@ -57,7 +57,7 @@ class JobsApi:
             await host.stop_job(job.id)
 
     async def run(self, request: Request) -> Job | None:
-        planned = await self._runs.plan(request.path("app"), await request.body(NewJob))
+        planned = await self._runs.plan(request.path("app"), await body_of(request, NewJob))
         if PROTOCOL not in request.header("Upgrade"):
             return await self._runs.run_detached(planned)
         async with self._runs.run_attached(planned) as host:

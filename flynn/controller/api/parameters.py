@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from flynn.http.server import Request
 from flynn.identity import access
+from flynn.types.codec import convert
 from flynn.types.errors import ValidationError
+
+T = TypeVar("T")
 
 INSIDERS_WITH_KEY = access("operator", "host", "app:*")
 """Who may connect at all. Everybody else comes through the router, which is one of them; the key decides."""
 
+VERBATIM_KEYS = frozenset({"manifest", "config"})  # documents of somebody else's, in which null may mean something
 MAX_INTEGER = (1 << 63) - 1
+
+
+async def body_of(request: Request, type: type[T]) -> T:
+    """Return the JSON object in the body as a `type`; null is the same as absent, as clients in Go expect."""
+    document = await request.body(dict[str, Any])
+    return convert(_without_nulls(document), type)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: item if key in VERBATIM_KEYS else _without_nulls(item)
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def integer(request: Request, name: str) -> int | None:

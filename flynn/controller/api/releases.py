@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flynn.controller import validation
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.manifests import ManifestSource
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, Request
@@ -35,7 +35,7 @@ class ReleasesApi:
             api.route(method, path, handler, allow=INSIDERS_WITH_KEY)
 
     async def create(self, request: Request) -> Release:
-        return await self._stores.releases.create(await request.body(Release))
+        return await self._stores.releases.create(await body_of(request, Release))
 
     async def all(self, request: Request) -> list[Release]:
         return await self._stores.releases.all()
@@ -51,7 +51,7 @@ class ReleasesApi:
         await self._stores.removal.delete(request.path("app"), request.path("release"))
 
     async def create_artifact(self, request: Request) -> Artifact:
-        artifact = await request.body(Artifact)
+        artifact = await body_of(request, Artifact)
         validation.required("type", artifact.type)
         validation.required("uri", artifact.uri)
         validation.one_of("type", artifact.type, validation.ARTIFACT_TYPES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.provisioning import Provisioner
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, Request
@@ -38,7 +38,7 @@ class ResourcesApi:
             api.route(method, path, handler, allow=INSIDERS_WITH_KEY)
 
     async def create_provider(self, request: Request) -> Provider:
-        return await self._resources.create_provider(await request.body(Provider))
+        return await self._resources.create_provider(await body_of(request, Provider))
 
     async def providers(self, request: Request) -> list[Provider]:
         return await self._resources.providers()
@@ -48,7 +48,7 @@ class ResourcesApi:
 
     async def provision(self, request: Request) -> Resource:
         provider = await self._resources.provider(request.path("provider"))
-        wanted = await request.body(ResourceReq)
+        wanted = await body_of(request, ResourceReq)
         apps = await self._resources.app_ids(wanted.apps)  # first, lest something be made that nobody can have
         made = await self._provisioner.provision(provider, wanted.config)
         return await self._resources.record(
@@ -72,7 +72,7 @@ class ResourcesApi:
 
     async def put(self, request: Request) -> Resource:
         provider = await self._resources.provider(request.path("provider"))
-        resource = await request.body(Resource)
+        resource = await body_of(request, Resource)
         return await self._resources.record(replace(resource, id=request.path("resource"), provider=provider.id))
 
     async def delete(self, request: Request) -> Resource:

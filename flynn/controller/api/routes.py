@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of
 from flynn.controller.store.routes import parent_of
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, Request
@@ -41,14 +41,14 @@ class RoutesApi:
 
     async def create(self, request: Request) -> Route:
         parent = await self._parent(request)
-        return await self._routes.create(replace(await request.body(Route), parent_ref=parent))
+        return await self._routes.create(replace(await body_of(request, Route), parent_ref=parent))
 
     async def get(self, request: Request) -> Route:
         return await self._routes.get(await self._parent(request), request.path("type"), request.path("route"))
 
     async def update(self, request: Request) -> Route:
         parent = await self._parent(request)
-        route = await request.body(Route)
+        route = await body_of(request, Route)
         return await self._routes.update(parent, request.path("type"), request.path("route"), route)
 
     async def delete(self, request: Request) -> None:

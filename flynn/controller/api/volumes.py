@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flynn.controller.api.parameters import INSIDERS_WITH_KEY, moment
+from flynn.controller.api.parameters import INSIDERS_WITH_KEY, body_of, moment
 from flynn.controller.api.streams import state_stream
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, EventStream, Request
@@ -45,7 +45,7 @@ class VolumesApi:
         )
 
     async def put(self, request: Request) -> Volume:
-        return await self._volumes.put(await request.body(Volume))
+        return await self._volumes.put(await body_of(request, Volume))
 
     async def of_app(self, request: Request) -> list[Volume]:
         app = await self._stores.apps.get(request.path("app"))
@@ -57,7 +57,7 @@ class VolumesApi:
 
     async def decommission(self, request: Request) -> Volume:
         app = await self._stores.apps.get(request.path("app"))
-        volume = await request.body(Volume)
+        volume = await body_of(request, Volume)
         return await self._volumes.decommission(app.id, volume.id or request.path("volume"))
 
 
@@ -79,7 +79,7 @@ class SinksApi:
             api.route(method, path, handler, allow=INSIDERS_WITH_KEY)
 
     async def create(self, request: Request) -> Sink:
-        return await self._sinks.create(await request.body(Sink))
+        return await self._sinks.create(await body_of(request, Sink))
 
     async def all(self, request: Request) -> list[Sink] | EventStream:
         if not request.accepts_events:

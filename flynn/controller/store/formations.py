@@ -142,18 +142,22 @@ class FormationStore:
         return release
 
     async def set_scale_state(self, request: ScaleRequest) -> ScaleRequest:
-        """Set the state of an existing scale request; the scheduler's answer."""
+        """Set the state of a pending scale request; the scheduler's answer. One that is over stays as it is."""
+        request_id = given("id", request.id)
         async with self._database.transaction() as transaction:
             updated = await transaction.one(
                 ScaleRequest,
-                "UPDATE scale_requests SET state = %s, updated_at = now() WHERE scale_request_id = %s"
-                f" RETURNING {SCALE_COLUMNS}",
-                (request.state, given("id", request.id)),
+                "UPDATE scale_requests SET state = %s, updated_at = now()"
+                f" WHERE scale_request_id = %s AND state = 'pending' RETURNING {SCALE_COLUMNS}",
+                (request.state, request_id),
             )
-            if updated is None:
-                raise NotFound(f"scale request {request.id} not found")
-            transaction.emit(EventType.SCALE_REQUEST, updated.id, updated, app=updated.app, op="update")
-        return updated
+            if updated is not None:
+                transaction.emit(EventType.SCALE_REQUEST, updated.id, updated, app=updated.app, op="update")
+                return updated
+        over = await self.scale_request(request_id)
+        if over is None:
+            raise NotFound(f"scale request {request.id} not found")
+        return over
 
     async def scale_request(self, request_id: str) -> ScaleRequest | None:
         """Return one scale request."""
