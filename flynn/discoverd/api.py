@@ -26,6 +26,8 @@ from flynn.version import VERSION
 
 ADMINS = access("operator", "host", "app:discoverd")
 
+MAX_BODY_BYTES = 4 * 1024 * 1024  # every member keeps all of it in memory
+
 INSTANCE_EVENTS = frozenset({EventKind.UP, EventKind.UPDATE, EventKind.DOWN})
 LEADER_EVENTS = frozenset({EventKind.LEADER})
 ALL_EVENTS = frozenset(EventKind)
@@ -58,7 +60,7 @@ class DiscoverdApi:
     shut_down: Callable[[], None]
 
     def build(self) -> Api:
-        api = Api("discoverd", status=self._status, headers=self._headers)
+        api = Api("discoverd", status=self._status, headers=self._headers, max_body_bytes=MAX_BODY_BYTES)
         read = [
             ("GET", "/services", self._services),
             ("GET", "/services/{service}", self._events),

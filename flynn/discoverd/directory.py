@@ -18,7 +18,7 @@ from flynn.aio.supervisor import supervisor
 from flynn.discoverd import expiry, store
 from flynn.discoverd.raft import node as raft
 from flynn.discoverd.view import View, differences
-from flynn.types.errors import ApiError, NotFound, ServiceUnavailable
+from flynn.types.errors import ApiError, NotFound, ServiceUnavailable, ValidationError
 from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceMeta
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,11 @@ class LiveDirectory:
         await self._commit(store.RemoveInstance(name, instance_id))
 
     async def _commit(self, command: store.Command) -> store.Directory:
-        outcome = await self.raft.submit(store.encode_command(command))
+        try:
+            raw = store.encode_command(command)
+        except (OverflowError, RecursionError) as error:
+            raise ValidationError("", f"this cannot be stored: {error}") from error
+        outcome = await self.raft.submit(raw)
         if isinstance(outcome, ApiError):
             raise outcome
         assert isinstance(outcome, store.Directory)

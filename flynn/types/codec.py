@@ -115,7 +115,7 @@ def decode(raw: bytes | bytearray | memoryview | str, type: type[T]) -> T:
         return cast(T, decoder.decode(raw))
     except msgspec.ValidationError as error:
         raise _validation_error(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadSyntax("The provided JSON input is invalid") from error
 
 
@@ -129,7 +129,7 @@ def decode_first(raw: bytes, type: type[T]) -> T:
 
         try:
             _, end = json.JSONDecoder().raw_decode(text.lstrip())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadSyntax("The provided JSON input is invalid") from None
         return decode(text.lstrip()[:end].encode("utf-8", "surrogateescape"), type)
 

@@ -42,10 +42,12 @@ log = logging.getLogger(__name__)
 
 PERIOD = 0.1  # seconds between the leader's heartbeats when there is nothing to send
 ELECTION_TIMEOUT = (0.4, 0.9)  # a dead leader is replaced within 1.5 s, counting one split vote
-ALONE_ELECTION_TIMEOUT = (0.31, 0.35)  # nobody to wait for; pysyncobj wants at least three periods
+ALONE_PERIOD = 0.02  # a cluster of one has nobody to send to or to wait for, so it is back at once;
+ALONE_ELECTION_TIMEOUT = (0.07, 0.1)  # pysyncobj wants three periods at least
 LEASE = 1.5  # a leader that has not heard from a majority for so long steps down
-WAIT_IN_COMPANY = 0.05  # how late a deadline may be noticed
-WAIT_ALONE = 0.25
+WAIT = 0.05  # how late a deadline may be noticed
+WAIT_BEFORE_ELECTION = 0.01
+WAIT_ALONE = 0.25  # leading a cluster of one there are no deadlines
 COMMIT_LIMIT = 5.0  # seconds until a write without an outcome is reported as unavailable
 SNAPSHOT_ENTRIES = 8192
 
@@ -139,6 +141,7 @@ class RaftNode:
 
     async def stop(self) -> None:
         self._stopping.set()
+        self._member.command(_BARRIER)  # wakes the thread
         await asyncio.to_thread(self._thread.join)
 
     async def _change_members(self, change: Callable[..., None], address: str) -> None:
@@ -157,8 +160,7 @@ class RaftNode:
                 member.doTick(0.0)
                 member.persist()
                 if member.position == before:
-                    alone = not member.otherNodes and member._isLeader()
-                    member.doTick(WAIT_ALONE if alone else WAIT_IN_COMPANY)
+                    member.doTick(member.patience)
                     member.persist()
         except BaseException:
             # Without its log a member must not go on: the process ends and starts again from what is on disk.
@@ -210,14 +212,11 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         self._members_file = config.directory / "members.json"
         self._members_known = _read_members(self._members_file)
         others = [peer for peer in self._members_known or config.peers if peer != config.address]
-        shortest, longest = ELECTION_TIMEOUT if others else ALONE_ELECTION_TIMEOUT
         conf = SyncObjConf(
             password=config.password,
             autoTick=False,
             appendEntriesUseBatch=False,  # send at once, and wake the thread by a pipe
-            appendEntriesPeriod=PERIOD,
-            raftMinTimeout=shortest,
-            raftMaxTimeout=longest,
+            **_pace(alone=not others),
             leaderFallbackTimeout=LEASE,
             connectionRetryTime=0.5,
             commandsWaitLeader=False,
@@ -247,7 +246,16 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         if members != self._members_known:
             write_durably(self._members_file, msgspec.json.encode(sorted(members)))
             self._members_known = members
+            for name, seconds in _pace(alone=len(members) == 1).items():
+                setattr(self.conf, name, seconds)  # it is looked at each time
         self.journal.sync()
+
+    @property
+    def patience(self) -> float:
+        """How long the thread may wait for something to happen."""
+        if self.otherNodes:
+            return WAIT
+        return WAIT_ALONE if self._isLeader() else WAIT_BEFORE_ELECTION
 
     @property
     def position(self) -> tuple[int, int, int, int]:
@@ -279,6 +287,12 @@ class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no type
         if isinstance(message, dict) and message.get("type") == "next_node_idx":
             self._syncObj.journal.sync()  # "I have these entries" must be true after a power cut, too
         return bool(super().send(node, message))
+
+
+def _pace(*, alone: bool) -> dict[str, float]:
+    shortest, longest = ALONE_ELECTION_TIMEOUT if alone else ELECTION_TIMEOUT
+    period = ALONE_PERIOD if alone else PERIOD
+    return {"appendEntriesPeriod": period, "raftMinTimeout": shortest, "raftMaxTimeout": longest}
 
 
 def _read_members(path: Path) -> frozenset[str]:
