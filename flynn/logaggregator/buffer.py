@@ -16,7 +16,7 @@ from flynn.logaggregator.rfc5424 import Message
 
 MAX_LINES = 10000  # per app
 MAX_BYTES = 64 << 20  # of all apps together, estimated
-MESSAGE_OVERHEAD_BYTES = 330  # measured: the object, its time, its number, its place in the list
+MESSAGE_OVERHEAD_BYTES = 220  # measured: the object, its time, its number, its place in the list
 FOLLOWER_LIMIT = 1000
 
 Cursor = tuple[datetime, int]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flynn.logaggregator.buffer import Filter, Follower, Logs
+from flynn.logaggregator.buffer import MESSAGE_OVERHEAD_BYTES, Filter, Follower, Logs
 from flynn.logaggregator.rfc5424 import Message, Stream
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -74,7 +74,7 @@ def test_the_chattiest_app_pays_when_memory_runs_out() -> None:
         logs.add(message(n, n, "x" * 100, app="loud"))
     assert texts(logs.read("quiet", ALL)) == ["quiet"]
     assert logs.size <= 100_000
-    assert logs.size == sum(330 + len(m.text) for m in logs.everything())
+    assert logs.size == sum(MESSAGE_OVERHEAD_BYTES + len(m.text) for m in logs.everything())
 
 
 def test_filters() -> None:
