@@ -22,7 +22,7 @@ from flynn.host.attaching import Attachments
 from flynn.host.certificates import JobCertificates
 from flynn.host.config import Config
 from flynn.host.discovery import Discovery
-from flynn.host.enrolment import authority, ensure_certificate
+from flynn.host.enrolment import authority, ensure_certificate, keep_certificate
 from flynn.host.jobs.admission import volumes_in_use
 from flynn.host.jobs.book import JobBook
 from flynn.host.jobs.environment import HostFacts
@@ -134,6 +134,8 @@ async def running(config: Config) -> AsyncIterator[None]:
         spawn("follow hosts", node.follow_hosts())
         spawn("follow logaggregators", sinks.follow_aggregators())
         spawn("renew certificates", certificates.renew())
+        own = keep_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock)
+        spawn("renew the host's certificate", own)
 
         host_api = HostApi(node=node, book=book, runner=runner, attachments=attachments, volumes=volumes, sinks=sinks)
         api = host_api.api()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
+from flynn.aio.clock import Clock
 from flynn.daemon import ConfigError
 from flynn.host.certificates import renewal_due
 from flynn.identity.authority import ClusterCA, expiry_of, write_private
 from flynn.types.codec import encode_indented
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = timedelta(hours=1)
 
 
 def enrol(*, state_dir: Path, config_dir: Path, host_id: str, external_ip: str, args: Sequence[str]) -> None:
@@ -46,6 +54,16 @@ def ensure_certificate(ca: ClusterCA, directory: Path, host_id: str, external_ip
         pass  # none, or an unreadable one
     ca.issue_host(host_id, [external_ip]).write(directory)
     (directory / "issued-to").write_text(subject(host_id, external_ip))
+
+
+async def keep_certificate(ca: ClusterCA, directory: Path, host_id: str, external_ip: str, clock: Clock) -> NoReturn:
+    """Renew the host's certificate in time, for ever; listeners and clients load the new one by themselves."""
+    while True:
+        await clock.sleep(CHECK_EVERY)
+        try:
+            await asyncio.to_thread(ensure_certificate, ca, directory, host_id, external_ip, clock.now())
+        except OSError as error:
+            log.error("the host's certificate could not be renewed", extra={"error": str(error)})
 
 
 def subject(host_id: str, external_ip: str) -> str:

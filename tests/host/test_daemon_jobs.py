@@ -195,7 +195,9 @@ async def test_end_of_input_reaches_the_job(host: HostClient, image: Mountspec) 
 
 
 async def test_a_terminal_has_the_size_asked_for_and_is_resized(host: HostClient, image: Mountspec) -> None:
-    wanted = job(image, "stty size; trap 'stty size; exit 4' WINCH; while true; do sleep 0.05; done", tty=True, stdin=True)
+    wanted = job(
+        image, "stty size; trap 'stty size; exit 4' WINCH; while true; do sleep 0.05; done", tty=True, stdin=True
+    )
     request = AttachReq(job_id=wanted.id, flags=ALL, height=24, width=80)
     text = b""
     async with asyncio.timeout(20), host.attach(request) as attachment:
@@ -278,7 +280,9 @@ async def test_volumes_outlive_jobs_and_belong_to_one_at_a_time(host: HostClient
         await host.destroy_volume(volume.id)
     await eventually(lambda: _says(host, holder.id, "kept"))
     await host.stop_job(holder.id)
-    await run_to_end(host, job(image, "true", volumes=[VolumeBinding(target="/d", volume=volume.id, delete_on_stop=True)]))
+    await run_to_end(
+        host, job(image, "true", volumes=[VolumeBinding(target="/d", volume=volume.id, delete_on_stop=True)])
+    )
     with pytest.raises(NotFound):
         await host.volume(volume.id)
 

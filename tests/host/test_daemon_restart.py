@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flynn.host.client import HostClient
-from flynn.types.codec import replace
 from flynn.types.errors import ApiError
-from flynn.types.host import AttachFlag, ContainerConfig, HostJob, JobStatus, Mountspec, VolumeBinding
+from flynn.types.host import JobStatus, Mountspec, VolumeBinding
 from flynn.types.volume import VolumeRequest
 
-from .machine import META, TestMachine, ended, eventually
+from .machine import TestMachine, ended, eventually
 from .test_daemon_jobs import job, output
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -42,7 +39,9 @@ def node(image: Mountspec, tmp_path: Path, request: pytest.FixtureRequest) -> It
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
-async def test_a_daemon_that_dies_loses_neither_jobs_nor_lines(node: TestMachine, image: Mountspec, number: int) -> None:
+async def test_a_daemon_that_dies_loses_neither_jobs_nor_lines(
+    node: TestMachine, image: Mountspec, number: int
+) -> None:
     wanted = job(image, COUNTER)
     async with node.client() as host:
         await node.configure(host)
@@ -97,7 +96,6 @@ async def test_after_a_power_cut_the_platforms_jobs_come_back_with_their_volumes
             await host.add_job(wanted)
         await eventually(lambda: _prints(host, user.id, "up"))
         await eventually(lambda: _prints(host, platform.id, "id old"))
-        await _synced(node, volume.id)
     await asyncio.to_thread(node.end, signal.SIGKILL)
     node.kill_containers()
     await asyncio.to_thread(node.start)
@@ -127,7 +125,9 @@ async def test_a_platform_job_that_is_killed_comes_back_one_that_is_stopped_does
         assert await host.jobs(active=True) == {}
 
 
-async def test_a_job_accepted_but_not_started_is_started_by_the_next_daemon(node: TestMachine, image: Mountspec) -> None:
+async def test_a_job_accepted_but_not_started_is_started_by_the_next_daemon(
+    node: TestMachine, image: Mountspec
+) -> None:
     wanted = job(image, "true")
     async with node.client() as host:
         await host.add_job(wanted)  # waits: there is no network yet
@@ -175,10 +175,6 @@ async def test_nothing_is_left_of_jobs_that_are_gone(node: TestMachine, image: M
 
 async def _empty(node: TestMachine) -> bool:
     return not any((node.state / "jobs").iterdir())
-
-
-async def _synced(node: TestMachine, volume_id: str) -> None:
-    """zfs-fuse keeps writes for some seconds, as a disk cache does; a power cut of its machine is not what is tested."""
 
 
 async def _prints(host: HostClient, job_id: str, text: str) -> bool:

@@ -24,7 +24,7 @@ from flynn.host.state import StateStore
 from flynn.http.connection import RawConnection
 from flynn.identity import Identity
 from flynn.logaggregator import client as logaggregator
-from flynn.types.codec import convert, replace
+from flynn.types.codec import replace
 from flynn.types.errors import ApiError, NotFound, ServiceUnavailable, Unreachable, ValidationError
 from flynn.types.instance import EventKind, Instance
 from flynn.types.sink import Sink, SinkCursor, SinkInfo
@@ -57,6 +57,7 @@ class Sinks:
         self._identity, self._find, self._tasks = identity, find, tasks
         self._sinks: dict[str, SinkInfo] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._aggregators: dict[str, Instance] = {}  # by the id of their sink
 
     def restore(self) -> None:
         """Start the sinks recorded by an earlier daemon; those of discoverd announce themselves again."""
@@ -117,7 +118,7 @@ class Sinks:
             await asyncio.sleep(next(delays))
 
     async def _ship_to_aggregator(self, sink_id: str) -> None:
-        instance = convert(self._sinks[sink_id].config["instance"], Instance)
+        instance = self._aggregators[sink_id]
         async with logaggregator.at(instance, self._identity) as aggregator:
             cursors = await aggregator.cursors()
         after = _cursor_of(cursors.get(self._host_id))
@@ -190,12 +191,11 @@ class Sinks:
 
     def _found(self, instance: Instance) -> None:
         # Not recorded: discoverd knows them, and the next daemon asks it again.
-        config = {"addr": instance.addr, "instance": {"addr": instance.addr, "proto": "tcp", "meta": instance.meta}}
-        sink = SinkInfo(id=instance.addr, kind=LOGAGGREGATOR, config=config, host_managed=True)
-        known = self._sinks.get(sink.id)
-        if known is None or known.config != sink.config:
-            self._end(sink.id)
-            self._begin(sink)
+        known, self._aggregators[instance.addr] = self._aggregators.get(instance.addr), instance
+        if instance.addr not in self._sinks or known is None or known.meta != instance.meta:
+            config = {"addr": instance.addr}
+            self._end(instance.addr)
+            self._begin(SinkInfo(id=instance.addr, kind=LOGAGGREGATOR, config=config, host_managed=True))
 
 
 def _check(sink: SinkInfo) -> None:
