@@ -40,7 +40,7 @@ def test_a_node_app_with_dependencies(user: User) -> None:
 def test_a_static_site(user: User) -> None:
     pushed = user.push(user.app("site", "static"))
     assert pushed.returncode == 0, pushed.stdout + pushed.stderr
-    eventually(lambda: "<html" in user.get(user.url("site"))[1].lower())
+    eventually(lambda: "Hello from a static site" in user.get(user.url("site"))[1])
 
 
 def test_a_second_push_uses_the_cache(user: User, shop: Path) -> None:
