@@ -105,17 +105,24 @@ class Chroot:
             **self.machine.npm_environment(),
             **(env or {}),
         }
-        enter = ["unshare", "--pid", "--fork", "--kill-child", f"--mount-proc={self.root}/proc"]
-        command = [*enter, "chroot", str(self.root), "/bin/bash", "-euc", script]
-        run_logged(what, command, self.log, environment)
+        command = ["chroot", str(self.root), "/bin/bash", "-euc", script]
+        run_logged(what, command, self.log, environment, proc=self.root / "proc")
 
 
-def run_logged(what: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+def run_logged(
+    what: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, proc: Path = Path("/proc")
+) -> None:
+    """Run a program in a PID namespace of its own, with its /proc on `proc`: it dies with us, whatever kills us.
+
+    Raises:
+        StepFailed: it did not end with status 0.
+    """
+    alone = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", f"--mount-proc={proc}"]
     with log.open("ab") as output:
         output.write(f"=== {what}\n".encode())
         output.flush()
         status = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, check=False
+            [*alone, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, check=False
         ).returncode
     if status != 0:
         raise StepFailed(what, status, log)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def artifact(out: Path) -> Artifact:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_a_build_makes_layers_once_and_after_a_change_only_the_code(repository: Path, tmp_path: Path) -> None:
+    kill_a_build_half_way(repository, tmp_path)
     # In a process of its own, as in use: a build takes a mount namespace for the rest of its process's life.
     said = build_in_process(repository, tmp_path)
     assert [line.split(":")[0] for line in said if "building" in line] == ["layer debian", "layer motd", "layer code"]
@@ -74,6 +76,33 @@ def test_a_build_makes_layers_once_and_after_a_change_only_the_code(repository: 
     assert second.uri != first.uri
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
     assert not (tmp_path / "cache/work").exists()
+
+
+def kill_a_build_half_way(repository: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of the first layer: no process may go on working in the cache."""
+    process = subprocess.Popen(build_command(repository, tmp_path), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("cache/work/layer/tree/var/lib/dpkg/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while processes_of(tmp_path):
+        assert time.monotonic() < deadline, processes_of(tmp_path)
+        time.sleep(0.05)
+
+
+def processes_of(tmp_path: Path) -> list[str]:
+    """Command lines of processes with the cache in their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(tmp_path / "cache/work") in line:
+            found.append(line)
+    return found
 
 
 def listing(squashfs: Path) -> dict[str, str]:
@@ -108,6 +137,10 @@ def test_a_release_the_machine_has_no_mirror_for_is_refused_in_one_line(reposito
 
 
 def build_in_process(repository: Path, tmp_path: Path) -> list[str]:
-    command = [sys.executable, "-m", "flynn.images.main", "build", "--repository", str(repository)]
-    command += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    command = build_command(repository, tmp_path)
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+
+
+def build_command(repository: Path, tmp_path: Path) -> list[str]:
+    command = [sys.executable, "-m", "flynn.images.main", "build", "--repository", str(repository)]
+    return [*command, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]

@@ -8,7 +8,7 @@ import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ID_KEY = "POSTGRES_ID"
 GRACE = timedelta(seconds=25)  # an orderly stop of the server, below the 30 s after which a host kills
+LEAVE_LIMIT = timedelta(seconds=3)  # the rest of the grace belongs to the server
 RECONNECT = Backoff(first=timedelta(milliseconds=200), limit=timedelta(seconds=2))
 
 
@@ -135,7 +136,9 @@ async def database_running(config: Config, registry: Registry, identity: Identit
                 spawn("act", peer.act())
                 yield
                 leaving.set()  # out of the directory first: nobody is to be sent to a server that stops
-                await left.wait()
+                with suppress(TimeoutError):  # when a whole node stops, the directory may be gone already
+                    async with asyncio.timeout(LEAVE_LIMIT.total_seconds()):
+                        await left.wait()
         finally:
             await peer.stop()
 
