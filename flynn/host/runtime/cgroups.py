@@ -209,20 +209,24 @@ class CgroupTree:
         if self.layout.v2:
             with contextlib.suppress(OSError):
                 return _write(f"{self.layout.v2}/{self.root}/{partition}/{container}/cgroup.kill", "1")
-        freezer = self.layout.v1.get("freezer")
-        state = f"{freezer}/{self.root}/{partition}/{container}/freezer.state" if freezer else None
+        self._set_freezer(partition, container, "FROZEN")
         try:
-            if state:
-                with contextlib.suppress(OSError):
-                    _write(state, "FROZEN")
             for pid in self.pids(partition, container):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         finally:
-            if state:
-                with contextlib.suppress(OSError):
-                    _write(state, "THAWED")
+            self.thaw(partition, container)
         return None
+
+    def thaw(self, partition: str, container: str) -> None:
+        """For a group of an earlier daemon, which may have died within `kill`."""
+        self._set_freezer(partition, container, "THAWED")
+
+    def _set_freezer(self, partition: str, container: str, state: str) -> None:
+        freezer = self.layout.v1.get("freezer")
+        if freezer:
+            with contextlib.suppress(OSError):
+                _write(f"{freezer}/{self.root}/{partition}/{container}/freezer.state", state)
 
     def remove(self, partition: str, container: str, within: float = 10.0) -> None:
         """Kill what is left and remove the groups, nested ones too. Idempotent.

@@ -542,6 +542,7 @@ class Runtime:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ContainerLost(f"no readable spec in {directory}: {error}") from error
         container = Container(spec, self.cgroups)
+        self.cgroups.thaw(spec.partition, spec.id)
         connection = _dial(directory)
         if connection is not None:
             container.pid = _peer_pid(connection)

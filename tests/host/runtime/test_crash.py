@@ -8,11 +8,13 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flynn.host.runtime import loop
+from flynn.host.runtime.cgroups import CgroupTree, layout_from
 from flynn.host.runtime.layers import LayerMounts
 from flynn.host.runtime.runtime import Container, ContainerLost, Runtime, State
 from flynn.host.runtime.scratch import ScratchPool
@@ -32,13 +34,22 @@ def inits(below: Path) -> list[int]:
     return found
 
 
+@pytest.fixture
+def cgroup_root(tmp_path: Path) -> Iterator[str]:
+    """A name; and an end to everything even when the test fails, or the next run could not delete its directory."""
+    name = f"flynn-crash-{os.getpid()}"
+    yield name
+    CgroupTree(layout_from(Path("/proc/self/mountinfo").read_text()), name).remove_all()
+    for path in loop.mount_points(tmp_path):
+        loop.unmount(path)
+
+
 @pytest.mark.parametrize("seed", range(12))
-async def test_killed_anywhere(seed: int, layer: Path, tmp_path: Path) -> None:
+async def test_killed_anywhere(seed: int, layer: Path, tmp_path: Path, cgroup_root: str) -> None:
     chance = random.Random(seed)
-    root = f"flynn-crash-{os.getpid()}"
     program = Path(__file__).with_name("crashing_daemon.py")
     daemon = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(program), str(tmp_path), str(layer), root), stdout=subprocess.PIPE
+        *(sys.executable, str(program), str(tmp_path), str(layer), cgroup_root), stdout=subprocess.PIPE
     )
     assert daemon.stdout is not None
     assert await daemon.stdout.readline() == b"up\n"
@@ -48,7 +59,7 @@ async def test_killed_anywhere(seed: int, layer: Path, tmp_path: Path) -> None:
     await asyncio.sleep(chance.choice((0, 0.05)))
 
     layers, scratch = LayerMounts(tmp_path / "layers"), ScratchPool(tmp_path / "scratch")
-    async with Runtime(state_dir=tmp_path, cgroup_root=root) as runtime:
+    async with Runtime(state_dir=tmp_path, cgroup_root=cgroup_root) as runtime:
         taken: list[Container] = []
         for directory in (tmp_path / "jobs").glob("*"):
             try:
@@ -72,7 +83,6 @@ async def test_killed_anywhere(seed: int, layer: Path, tmp_path: Path) -> None:
                 await asyncio.sleep(0.05)
                 await runtime.collect_leftovers([])
         assert left == []
-        runtime.cgroups.remove_all()
     assert loop.mount_points(tmp_path) == []
     assert list((tmp_path / "scratch").iterdir()) == []
     async with asyncio.timeout(5):
