@@ -13,6 +13,8 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from flynn.host import descriptors
+from flynn.host.descriptors import Duplicate
 from flynn.host.volumes import fuse
 from flynn.host.volumes.commands import failure, run
 from flynn.host.volumes.provider import VolumeBusy, VolumeError, VolumeGone
@@ -57,7 +59,7 @@ class ZfsProvider:
 
     async def _import(self) -> None:
         # -f: the last user may have died without exporting; the state directory's lock keeps two daemons apart.
-        await run("zpool", "import", "-f", "-N", "-d", str(self._file.parent), self._pool)
+        await run("zpool", "import", "-f", "-d", str(self._file.parent), self._pool)
         log.info("pool imported", extra={"pool": self._pool})
 
     async def _create_pool(self) -> None:
@@ -168,22 +170,28 @@ class ZfsProvider:
 
     async def receive(self, place: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> str:
         argv = ["zfs", "receive", "-F", f"{place}@{snapshot_id}"]
-        process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        assert process.stdin is not None
+        # A pipe of our own: asyncio makes a socket for standard input, which zfs-fuse cannot read from.
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(writing, False)
+        pipe = Duplicate(writing)
+        os.close(writing)
         try:
-            try:
-                async for chunk in stream:
-                    process.stdin.write(chunk)
-                    await process.stdin.drain()
-            except ConnectionError:
-                pass  # zfs refused; its exit status tells
-            process.stdin.close()
+            process = await asyncio.create_subprocess_exec(*argv, stdin=reading, stderr=asyncio.subprocess.PIPE)
+        except BaseException:
+            pipe.close()
+            raise
+        finally:
+            os.close(reading)
+        try:
+            async for chunk in stream:
+                if not await descriptors.write(pipe.number, chunk):
+                    break  # zfs refused; its exit status tells
+            pipe.close()
             _, errors = await process.communicate()
             if process.returncode != 0:
                 raise failure(argv, errors.decode(errors="replace").strip())
         finally:
+            pipe.close()
             if process.returncode is None:
                 process.kill()
                 await process.wait()
@@ -196,10 +204,16 @@ class ZfsProvider:
 
 async def destroy_pool(pool: str) -> None:
     """Remove a pool with everything in it (for uninstalling, and for clusters that were an experiment)."""
-    try:
-        await run("zpool", "destroy", "-f", pool)
-    except VolumeGone:
-        pass
+    for attempt in range(1, DESTROY_TRIES + 1):
+        try:
+            await run("zpool", "destroy", "-f", pool)
+            return
+        except VolumeGone:
+            return
+        except VolumeBusy:
+            if attempt == DESTROY_TRIES:
+                raise
+            await asyncio.sleep(0.2 * attempt)
 
 
 def _mounted(path: Path) -> bool:
