@@ -465,7 +465,7 @@ def _refusal(status: int, body: bytes) -> ApiError:
             bool(document.get("retry")),
         )
     except ApiError:
-        text = body.decode("utf-8", "replace").strip()
+        text = body.decode("utf-8", "replace").strip() or ("resource not found" if status == 404 else "")
         return from_wire(status, "", text or f"unexpected status {status}", None, False)
 
 

@@ -130,7 +130,7 @@ async def database_running(config: Config, registry: Registry, identity: Identit
         spawn("certificate", database.keep_certificate())
         spawn("presence", be_present())
         try:
-            async with listen(api, "0.0.0.0", config.management_port, tls=identity, require_client=False):
+            async with listen(api, "0.0.0.0", config.management_port, tls=identity):
                 await registered.wait()
                 spawn("follow the cluster", peer.follow())
                 spawn("act", peer.act())
@@ -164,7 +164,7 @@ async def provider_running(config: Config, registry: Registry, identity: Identit
     await _cluster_set_up(registry, config.service)
     await retrying(lambda: _check_writable(connect), on=psycopg.Error, policy=RECONNECT)
     api = provisioning_api(config.service, connect)
-    async with listen(api, "0.0.0.0", config.port, tls=identity, require_client=False) as (_, port):
+    async with listen(api, "0.0.0.0", config.port, tls=identity) as (_, port):
         own = instance_from_environment(config.environment, port, "https")
         async with registry.registered(f"{config.service}-api", own):
             yield
