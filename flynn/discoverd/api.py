@@ -1,7 +1,8 @@
 """The HTTP surface of discoverd: paths, answers and streams as spec/discoverd sections 3 and 4 have them.
 
 Reads and streams are answered by every member from its own state. Writes are for the leader: another member sends the
-caller there (307), or says 503 "try again" while nobody leads.
+caller there (307), or says 503 "try again" while nobody leads. An operator on loopback could not go there, having no
+certificate, so for him the member asks the leader itself.
 
 Deviations, on purpose: who speaks here is known (certificate, or the host's key on loopback), so there is no open mode;
 bad or empty JSON is always 400; the header pairs that old clients send and read are both written; removing a service
@@ -13,11 +14,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
+
+import msgspec
 
 from flynn.discoverd.directory import LiveDirectory
 from flynn.discoverd.membership import http_address, raft_address
+from flynn.http.client import HttpClient
 from flynn.http.server import Api, EventStream, Raw, Request
-from flynn.identity import INSIDERS, access
+from flynn.identity import INSIDERS, Identity, PeerKind, access
 from flynn.types.codec import Wire, always
 from flynn.types.errors import NotFound, ServiceUnavailable
 from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceConfig, ServiceMeta
@@ -26,6 +31,7 @@ from flynn.version import VERSION
 
 ADMINS = access("operator", "host", "app:discoverd")
 
+FORWARD_SECONDS = 10.0
 MAX_BODY_BYTES = 4 * 1024 * 1024  # every member keeps all of it in memory
 
 INSTANCE_EVENTS = frozenset({EventKind.UP, EventKind.UPDATE, EventKind.DOWN})
@@ -57,6 +63,7 @@ class ServiceSummary(Wire):
 class DiscoverdApi:
     directory: LiveDirectory
     address: str  # own advertised `ip:port`
+    identity: Identity
     shut_down: Callable[[], None]
 
     def build(self) -> Api:
@@ -197,9 +204,18 @@ class DiscoverdApi:
             leader = self.directory.raft.leader
             if leader is None or http_address(leader) == self.address:
                 raise ServiceUnavailable("there is no leader at the moment")
+            if request.peer is not None and request.peer.kind is PeerKind.OPERATOR:
+                return await self._ask_leader(request, http_address(leader))
             return _redirect(request, http_address(leader))
 
         return at_leader
+
+    async def _ask_leader(self, request: Request, leader: str) -> Raw:
+        body = await request.raw()
+        async with HttpClient(f"https://{leader}", tls=self.identity, timeout=FORWARD_SECONDS) as http:
+            path = quote(request.raw_path) + (f"?{request.query_string}" if request.query_string else "")
+            answer = await http.call(request.method, path, msgspec.Raw(body) if body else None, answer=bytes)
+        return Raw(answer or b"", "application/json")
 
     def _headers(self, request: Request) -> Mapping[str, str]:
         peers, index = ",".join(self.members), str(self.directory.raft.index)

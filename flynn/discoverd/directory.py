@@ -166,9 +166,14 @@ class LiveDirectory:
 
     async def expire(self) -> None:
         while True:
+            before = self._clock.monotonic()
             await self._clock.sleep(expiry.CHECK_EVERY)
             if self._leading_since is None:
                 continue
+            if self._clock.monotonic() - before > expiry.STOPPED.total_seconds():
+                # It was us who stood still, with the others' heartbeats waiting in our sockets: begin anew.
+                log.warning("stood still for a while, so nobody expires yet")
+                self._leading_since = self._clock.monotonic()
             for name in [name for name, changes in self._changes.items() if not len(changes)]:
                 del self._changes[name]
             self._heard = expiry.remembered(self.state, self._heard)

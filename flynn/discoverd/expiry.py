@@ -14,6 +14,7 @@ from flynn.discoverd.store import Directory, Expired
 
 TTL = timedelta(seconds=10)  # a heartbeat comes every 3-5 s, so one may be lost
 CHECK_EVERY = timedelta(seconds=1)
+STOPPED = timedelta(seconds=4)  # a check that comes so late says that this process was suspended or starved
 
 Key = tuple[str, str]
 """Service and instance id."""

@@ -60,7 +60,7 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[LiveDirectory]:
         # Not a word before the log is replayed: a watcher would take the gaps for departures.
         await _caught_up(live)
         stopping = asyncio.Event()
-        api = DiscoverdApi(live, config.address, stopping.set).build()
+        api = DiscoverdApi(live, config.address, identity, stopping.set).build()
         await stack.enter_async_context(listen(api, config.host, config.port, tls=identity))
         if config.admin_key_file.is_file() and config.host != LOOPBACK:
             key = config.admin_key_file.read_text().strip()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from flynn.aio.clock import SystemClock
+from flynn.aio.clock import Clock, SystemClock
 from flynn.discoverd import directory, expiry
 from flynn.discoverd.api import DiscoverdApi
 from flynn.discoverd.client import Discoverd
@@ -60,7 +60,7 @@ class Place:
 
 @asynccontextmanager
 async def member(
-    place: Place, peers: list[Place] | None = None, ttl: timedelta = expiry.TTL
+    place: Place, peers: list[Place] | None = None, ttl: timedelta = expiry.TTL, clock: Clock | None = None
 ) -> AsyncIterator[LiveDirectory]:
     """A member with its API, in this process."""
     config = RaftConfig(
@@ -69,8 +69,8 @@ async def member(
         directory=place.directory / "data",
         password="secret of the test",
     )
-    async with directory.running(config, SystemClock(), ttl) as live:
-        api = DiscoverdApi(live, place.http_address, lambda: None).build()
+    async with directory.running(config, clock or SystemClock(), ttl) as live:
+        api = DiscoverdApi(live, place.http_address, place.identity, lambda: None).build()
         async with listen(api, place.address, 1111, tls=place.identity):
             if peers is None:
                 await until(lambda: live.leading)

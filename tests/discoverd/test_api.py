@@ -211,5 +211,5 @@ async def test_without_a_certificate_there_is_no_conversation(wire: Wire) -> Non
 async def test_nothing_but_ping_and_status_is_open(place: Place) -> None:
     from flynn.discoverd.api import DiscoverdApi
 
-    api = DiscoverdApi(None, place.http_address, lambda: None).build()  # type: ignore[arg-type]  # only the table is read
+    api = DiscoverdApi(None, place.http_address, place.identity, lambda: None).build()  # type: ignore[arg-type]  # only the table is read
     assert {endpoint.path for endpoint in api.endpoints if endpoint.allow == ANYONE} == {"/ping", "/.well-known/status"}

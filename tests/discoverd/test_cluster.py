@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from flynn.aio.clock import SystemClock
+from flynn.discoverd.api import DiscoverdApi
 from flynn.discoverd.directory import LiveDirectory
+from flynn.http.client import HttpClient, KeyAuth
+from flynn.http.server import listen
 from flynn.identity.authority import ClusterCA
-from flynn.types.errors import ApiError
+from flynn.types.errors import ApiError, ObjectExists
 from flynn.types.instance import EventKind, Instance, ServiceMeta
 from tests.discoverd.harness import Place, member, until
 
@@ -90,6 +94,28 @@ async def test_silent_instances_expire_and_talking_ones_stay(place: Place) -> No
         ]
 
 
+class Interrupted(SystemClock):
+    """A machine that was suspended, or a process that was stopped: suddenly it is much later."""
+
+    lost = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.lost
+
+
+async def test_a_leader_that_was_stopped_itself_does_not_blame_the_others(place: Place) -> None:
+    clock = Interrupted()
+    async with member(place, ttl=timedelta(seconds=2), clock=clock), place.client() as client:
+        await client.create("web")
+        await client.register("web", A)
+        clock.lost = 60
+        await asyncio.sleep(1.5)
+        assert [one.id for one in await client.instances("web")] == [A.id]
+        async with asyncio.timeout(6):
+            while await client.instances("web"):
+                await asyncio.sleep(0.1)
+
+
 async def _talk(client, instance: Instance) -> None:  # type: ignore[no-untyped-def]
     while True:
         await client.register("web", instance)
@@ -116,6 +142,19 @@ async def written(place: Place, service: str) -> None:
         await client.create(service)
 
 
+async def operator_writes_at(place: Place, live: LiveDirectory) -> None:
+    """With the host's key on loopback there is no certificate to be redirected with."""
+    api = DiscoverdApi(live, place.http_address, place.identity, lambda: None).build()
+    async with listen(api, "127.0.0.1", 0, key="key") as (ip, port):
+        async with HttpClient(f"http://{ip}:{port}", auth=KeyAuth("key")) as http:
+            await http.put("/services/by-operator", {"leader_type": "manual"})
+            meta = await http.put("/services/by-operator/meta", {"data": [1], "index": 0}, answer=ServiceMeta)
+            assert meta.data == [1] and meta.index > 0
+            with pytest.raises(ObjectExists):
+                await http.put("/services/by-operator", {})
+            await http.delete("/services/by-operator")
+
+
 @pytest.mark.slow
 async def test_three_members_replicate_elect_and_catch_up(three: list[Place]) -> None:
     async with AsyncExitStack() as all_of_them:
@@ -127,6 +166,9 @@ async def test_three_members_replicate_elect_and_catch_up(three: list[Place]) ->
         for place in three:
             await written(place, f"by-{place.address.replace('.', '-')}")
         await until(lambda: all(len(one.state.services) == 3 for one in members))
+
+        follower = next(one for one in members if one is not leader)
+        await operator_writes_at(three[members.index(follower)], follower)
 
         gone = members.index(leader)
         rest = [one for one in members if one is not leader]
