@@ -69,6 +69,10 @@ class ContainerLost(ContainerError):
     pass
 
 
+class _ZygoteGone(ContainerError):
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a job ended. `signal` is 0 for an ordinary exit; killed by signal n gives code 128 + n.
@@ -415,20 +419,22 @@ class _Zygote:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None
+        return self._process.returncode is None and self._control.fileno() >= 0
 
     async def fork(self, directory: str, connection: socket.socket) -> int:
         async with self._turn:
             try:
                 socket.send_fds(self._control, [directory.encode()], [connection.fileno()])
                 answer = await self._receive()
-            except asyncio.CancelledError:
-                self._control.close()  # the answer would be taken for that of the next request
-                raise
             except OSError as error:
-                raise ContainerError(f"the container zygote is gone: {error}") from error
+                self._control.close()
+                raise _ZygoteGone(f"the container zygote is gone: {error}") from error
+            except BaseException:
+                self._control.close()  # a late answer would be taken for that of the next request
+                raise
         if not answer:
-            raise ContainerError("the container zygote is gone")
+            self._control.close()
+            raise _ZygoteGone("the container zygote is gone")
         if answer.startswith(b"error "):
             raise StartFailed(answer[6:].decode())
         return int(answer)
@@ -485,8 +491,16 @@ class Runtime:
     async def _living_zygote(self) -> _Zygote:
         async with self._starting:
             if self._zygote is None or not self._zygote.alive:
+                if self._zygote is not None:
+                    await self._zygote.stop()
                 self._zygote = await _Zygote.start()
             return self._zygote
+
+    async def _fork(self, directory: str, connection: socket.socket) -> int:
+        try:
+            return await (await self._living_zygote()).fork(directory, connection)
+        except _ZygoteGone:  # died unnoticed since the last start
+            return await (await self._living_zygote()).fork(directory, connection)
 
     async def create(self, spec: ContainerSpec) -> Container:
         """Set the container up to the point before exec. On StartFailed nothing is left behind but the directory.
@@ -503,11 +517,10 @@ class Runtime:
             raise StartFailed(str(error)) from error
         container = Container(spec, self.cgroups)
         _write_files(spec, plan)
-        zygote = await self._living_zygote()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                container.pid = await zygote.fork(spec.directory, theirs)
+                container.pid = await self._fork(spec.directory, theirs)
             container._connect(ours)
             async with asyncio.timeout(SET_UP_LIMIT):
                 await container._until(lambda: container._greeted or container._exit is not None)

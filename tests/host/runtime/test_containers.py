@@ -194,6 +194,14 @@ class TestSurroundings:
             assert [count async for count in container.oom_kills()] == [1]
         await container.destroy()
 
+    async def test_out_of_memory_of_a_child_is_told_while_the_job_lives(self, runtime: Runtime, spec: Make) -> None:
+        container = await started(runtime, spec("tail /dev/zero; sleep 100", limits=Limits(memory_bytes=32 << 20)))
+        async with asyncio.timeout(20):
+            assert await anext(container.oom_kills()) == 1
+        assert container.state is State.RUNNING
+        assert container.stats().oom_kills == 1
+        await container.destroy()
+
     async def test_host_pid_namespace(self, runtime: Runtime, spec: Make) -> None:
         _, out, _ = await run(runtime, spec(f"ls -d /proc/{os.getpid()}; sleep 100 & exit 0", host_pid_namespace=True))
         assert out == f"/proc/{os.getpid()}\n"
@@ -339,8 +347,7 @@ class TestDaemonDeath:
 
     async def test_a_dead_zygote_is_replaced(self, runtime: Runtime, spec: Make) -> None:
         assert runtime._zygote is not None
-        runtime._zygote._process.kill()
-        await runtime._zygote._process.wait()
+        os.kill(runtime._zygote._process.pid, signal.SIGKILL)
         assert (await run(runtime, spec("echo again")))[1] == "again\n"
 
     async def test_a_full_pipe_blocks_only_the_job(self, runtime: Runtime, spec: Make) -> None:
