@@ -7,18 +7,25 @@ with the whole present one. A missed event, a hand in the kernel or a restart of
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface
 
 from flynn.flannel import datapath, kernel
 from flynn.flannel.document import BackendType, Document, Lease, Overlay, leases_of
 from flynn.flannel.kernel import Device, Interface, VxlanDevice
-from flynn.flannel.leases import NetworkState, pause_until_renewal
+from flynn.flannel.leases import NetworkState
+from flynn.flannel.subnets import RENEW_EVERY
+from flynn.types.errors import ApiError
 
 log = logging.getLogger(__name__)
 
 RECONCILE_EVERY = 30.0
+LOOK_EVERY = 30.0
+LOOKS_PER_RENEWAL = round(RENEW_EVERY.total_seconds() / LOOK_EVERY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +36,46 @@ class Uplink:
     layer2: bool
 
 
+Prepare = Callable[[], Uplink | None]
+
+
 class Agent:
-    def __init__(self, state: NetworkState, overlay: Overlay, uplink: Uplink | None, lease: Lease) -> None:
+    """`prepare` brings the device of the backend about (anew, if somebody removed it); it blocks."""
+
+    def __init__(self, state: NetworkState, overlay: Overlay, prepare: Prepare, lease: Lease) -> None:
         self.overlay = overlay
         self.lease = lease
         self.leases: list[Lease] = [lease]
         self._state = state
-        self._uplink = uplink
+        self._prepare = prepare
         self._changed = asyncio.Event()
         self._changed.set()
 
     async def follow(self) -> None:
-        """Take over what the others publish; publish our own lease again if somebody removed or changed it."""
+        """Take over what the others publish."""
         async for document in self._state.documents():
-            self.leases = leases_of(document)
-            self._changed.set()
-            if not self._is_ours_in(document):
-                log.warning("our lease is gone from the network state", extra={"subnet": self.lease.subnet})
-                await self._renew()
+            await self._take(document)
 
-    async def renew(self) -> None:
-        while True:
-            await pause_until_renewal()
-            await self._renew()
+    async def watch_over(self) -> None:
+        """Renew the lease every hour, and look every half minute whether it is still there.
+
+        A directory that lost everything has no metadata to send an event about, so following is not enough.
+        """
+        for look in itertools.count(1):
+            # At random, so that the machines of a cluster that started together do not race for every renewal.
+            await asyncio.sleep(LOOK_EVERY * random.uniform(0.8, 1.2))
+            try:
+                if look % LOOKS_PER_RENEWAL == 0:
+                    await self._renew()
+                else:
+                    await self._take(await self._state.document())
+            except ApiError as error:
+                log.debug("cannot look after the lease", extra={"error": error})
 
     async def reconcile(self) -> None:
-        if self._uplink is None:
-            await asyncio.Event().wait()
-            return
         while True:
             try:
-                await asyncio.to_thread(self._reconcile, self._uplink)
+                await self._reconcile()
             except (OSError, kernel.NetlinkError) as error:
                 log.error("cannot bring the routes up to date", extra={"error": error})
             try:
@@ -69,7 +85,18 @@ class Agent:
                 continue
             self._changed.clear()
 
-    def _reconcile(self, uplink: Uplink) -> None:
+    async def _reconcile(self) -> None:
+        uplink = await asyncio.to_thread(self._prepare)
+        if uplink is None:
+            return
+        await asyncio.to_thread(address_uplink, self.overlay, uplink, self.lease)
+        if uplink.layer2 and uplink.device.mac != self.lease.vtep_mac:
+            log.warning("the device is a new one", extra={"mac": uplink.device.mac})
+            self.lease = replace(self.lease, vtep_mac=uplink.device.mac)
+            await self._renew()
+        await asyncio.to_thread(self._bring_up_to_date, uplink)
+
+    def _bring_up_to_date(self, uplink: Uplink) -> None:
         wanted = datapath.wanted(self.overlay, self.leases, self.lease)
         present = kernel.read_datapath(uplink.device.index, layer2=uplink.layer2)
         add, remove = wanted.minus(present), present.minus(wanted)
@@ -82,6 +109,15 @@ class Agent:
             for text in refused:
                 log.error("the kernel refused", extra={"change": text})
 
+    async def _take(self, document: Document) -> None:
+        leases = leases_of(document)
+        if leases != self.leases:
+            self.leases = leases
+            self._changed.set()
+        if not self._is_ours_in(leases):
+            log.warning("our lease is not in the network state", extra={"subnet": self.lease.subnet})
+            await self._renew()
+
     async def _renew(self) -> None:
         renewed = await self._state.ensure_lease(self.overlay, self.lease)
         if renewed.subnet != self.lease.subnet:
@@ -89,8 +125,8 @@ class Agent:
             raise LostSubnet(f"{self.lease.subnet} was given away, {renewed.subnet} is the new one")
         self.lease = renewed
 
-    def _is_ours_in(self, document: Document) -> bool:
-        ours = {lease.subnet: lease for lease in leases_of(document)}.get(self.lease.subnet)
+    def _is_ours_in(self, leases: list[Lease]) -> bool:
+        ours = {lease.subnet: lease for lease in leases}.get(self.lease.subnet)
         return ours is not None and replace(ours, renewed_at=None) == replace(self.lease, renewed_at=None)
 
 

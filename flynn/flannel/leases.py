@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Mapping
@@ -90,6 +89,9 @@ class NetworkState:
                 return claim.lease
         raise AssertionError("attempts without a limit ended")
 
+    async def document(self) -> Document:
+        return _document(await self.registry.get_meta(SERVICE) or ServiceMeta(data={}))
+
     async def documents(self) -> AsyncIterator[Document]:
         """The network state now and after every change, for ever."""
         async with aclosing(self.registry.watch(SERVICE)) as events:
@@ -100,8 +102,3 @@ class NetworkState:
 
 def _document(meta: ServiceMeta) -> Document:
     return meta.data if isinstance(meta.data, Mapping) else {}
-
-
-async def pause_until_renewal() -> None:
-    # At random around the hour, so that the machines of a cluster that started together do not race every hour.
-    await asyncio.sleep(subnets.RENEW_EVERY.total_seconds() * random.uniform(0.8, 1.2))

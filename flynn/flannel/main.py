@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from flynn import daemon
@@ -56,7 +57,7 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[Agent]:
         spawn("keep the host informed", hostlink.keep_informed(HostClient(http), announced))
         spawn("follow the network state", here.follow())
         spawn("reconcile the data path", here.reconcile())
-        spawn("renew the lease", here.renew())
+        spawn("watch over the lease", here.watch_over())
         spawn("answer on the overlay", _listen_on_overlay(api, here.lease, config.http_port, identity))
         spawn(
             "stay registered",
@@ -73,7 +74,8 @@ async def _set_up_network(config: Config, state: NetworkState) -> tuple[Agent, i
     except (InvalidNetwork, kernel.NoInterface) as error:
         raise ConfigError(str(error)) from error
     device = config.device or f"flannel.{overlay.vni}"
-    uplink = await asyncio.to_thread(agent.prepare_uplink, overlay, underlay, device)
+    prepare = partial(agent.prepare_uplink, overlay, underlay, device)
+    uplink = await asyncio.to_thread(prepare)
     me = Lease(
         subnet=NO_WISH,
         public_ip=config.external_ip,
@@ -86,7 +88,7 @@ async def _set_up_network(config: Config, state: NetworkState) -> tuple[Agent, i
     await asyncio.to_thread(agent.address_uplink, overlay, uplink, lease)
     mtu = uplink.device.mtu if uplink else underlay.mtu
     log.info("lease", extra={"subnet": lease.subnet, "backend": overlay.backend, "mtu": mtu})
-    return Agent(state, overlay, uplink, lease), mtu
+    return Agent(state, overlay, prepare, lease), mtu
 
 
 def _proposal(config: Config) -> dict[str, Any]:

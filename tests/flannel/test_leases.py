@@ -60,7 +60,7 @@ async def test_the_first_configuration_stays() -> None:
 async def running_agent(registry: MemoryRegistry) -> Agent:
     state = NetworkState(registry, SystemClock(), PROPOSED)
     overlay = await state.overlay()
-    return Agent(state, overlay, None, await state.ensure_lease(overlay, machine(1)))
+    return Agent(state, overlay, lambda: None, await state.ensure_lease(overlay, machine(1)))
 
 
 async def rewrite(registry: MemoryRegistry, data: object) -> None:
@@ -89,3 +89,19 @@ async def test_a_block_given_to_somebody_else_ends_the_process() -> None:
     with pytest.raises(LostSubnet):
         async with asyncio.timeout(5):
             await agent.follow()
+
+
+async def test_a_directory_that_lost_everything_gets_configuration_and_lease_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flynn.flannel.agent.LOOK_EVERY", 0.01)
+    registry = MemoryRegistry()
+    agent = await running_agent(registry)
+    watching = asyncio.ensure_future(agent.watch_over())
+    await registry.remove(SERVICE)
+    async with asyncio.timeout(5):
+        while (meta := await registry.get_meta(SERVICE)) is None:
+            await asyncio.sleep(0.01)
+    assert meta.data["config"] == PROPOSED
+    assert [lease.subnet for lease in leases_of(meta.data)] == [agent.lease.subnet]
+    watching.cancel()

@@ -86,6 +86,24 @@ async def test_a_restart_keeps_block_device_and_traffic_and_repairs_the_rest(tmp
             assert not any("100.100.250.0" in line for line in one.shows("route"))
 
 
+async def test_a_device_that_somebody_deletes_comes_back_for_everybody(tmp_path: Path) -> None:
+    async with machines(2, tmp_path, ClusterCA.create()) as (one, two), AsyncExitStack() as stack:
+        await stack.enter_async_context(one.discoverd())
+        for machine in (one, two):
+            await stack.enter_async_context(machine.host())
+        await stack.enter_async_context(two.flannel(one.address))
+        async with one.flannel(one.address):
+            here, there = subnet_of(await one.subnet()), subnet_of(await two.subnet())
+            one.make_bridge(f"{here}.1/24")
+            two.make_bridge(f"{there}.1/24")
+            await until_reached(one, f"{there}.1", f"{here}.1")
+        ip("link", "del", "flannel.1", netns=one.netns)
+        async with one.flannel(one.address):
+            # A new device has a new MAC: the other machine must learn it, too.
+            await until_reached(one, f"{there}.1", f"{here}.1")
+            assert subnet_of(await one.subnet()) == here
+
+
 async def test_host_gw_routes_over_the_common_segment(tmp_path: Path) -> None:
     async with machines(2, tmp_path, ClusterCA.create()) as (one, two), AsyncExitStack() as stack:
         await stack.enter_async_context(one.discoverd())
