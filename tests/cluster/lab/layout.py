@@ -60,6 +60,11 @@ class Node:
         return self.root / "state"
 
     @property
+    def volumes(self) -> Path:
+        """Where flynn-host has its volumes mounted."""
+        return self.state / "volumes"
+
+    @property
     def config(self) -> Path:
         return self.root / "etc"
 

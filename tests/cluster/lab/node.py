@@ -20,11 +20,23 @@ ZFS_FUSE = "/usr/sbin/zfs-fuse"
 
 
 def share_base() -> None:
-    """Make the nodes' directory a mount of its own that passes new mounts on: ZFS mounts volumes from outside."""
+    """Make the nodes' directory a mount of its own."""
     BASE.mkdir(parents=True, exist_ok=True)
     if not os.path.ismount(BASE):
         run("mount", "--bind", str(BASE), str(BASE))
     run("mount", "--make-shared", str(BASE))
+
+
+def share_volumes(node: Node) -> None:
+    """Let the node see what zfs-fuse mounts for it from outside, and zfs-fuse what the node unmounts.
+
+    A peer group of their own: nothing else a node mounts is seen outside, so that it vanishes with the node.
+    """
+    node.volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.path.ismount(node.volumes):
+        run("mount", "--rbind", str(node.volumes), str(node.volumes))
+        run("mount", "--make-private", str(node.volumes))
+    run("mount", "--make-shared", str(node.volumes))
 
 
 def start_zfs() -> None:
@@ -66,15 +78,16 @@ def daemon_command(node: Node) -> list[str]:
 
 def switch_on(node: Node) -> None:
     """Start the node's first process; returns at once."""
+    share_volumes(node)
     with node.console.open("ab") as console:
         # The command below runs as the first process of new namespaces; --kill-child ties its life to unshare's.
         process = subprocess.Popen(
             [
                 "nsenter", f"--net=/run/netns/{node.namespace}", "--",
-                "unshare", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child=KILL",
+                "unshare", "--mount", "--propagation", "unchanged", "--pid", "--fork", "--kill-child=KILL",
                 "--mount-proc", "--uts", "--ipc", "--",
                 sys.executable, str(Path(__file__).with_name("node_init.py")),
-                str(node.resolv_conf), str(node.hosts_file), *daemon_command(node),
+                str(node.volumes), str(node.resolv_conf), str(node.hosts_file), *daemon_command(node),
             ],
             stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, cwd="/",
         )  # fmt: skip
