@@ -22,7 +22,7 @@ from flynn.types.artifact import Layer
 from flynn.types.codec import encode_indented
 
 # The code layer is made at every change and is small: packing it fast matters more than its size.
-QUICK_LEVEL, THOROUGH_LEVEL = 3, 15
+QUICK_LEVEL, THOROUGH_LEVEL = 3, 9
 ATTEMPTS = 5  # somebody may be editing while the files are hashed and copied, which takes a tenth of a second
 
 
