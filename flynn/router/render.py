@@ -65,7 +65,7 @@ class Settings:
     ca: str = ""  # PEM: who signs theirs
     max_connections: int = 20_000
     threads: int = 2
-    log_requests_per_second: int = 100  # above this rate, requests are counted but not logged one by one
+    busy_requests_per_second: int = 200  # above this rate requests are not logged one by one, and not repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +270,9 @@ def _global(settings: Settings) -> Iterator[str]:
         # A worker that was replaced lives on for its open streams: at most this long, at most this many of them.
         "    hard-stop-after 24h",
         "    mworker-max-reloads 25",
-        # Request and response headers have to fit into one buffer.
-        "    tune.bufsize 32768",
-        "    tune.maxrewrite 2048",
+        # The headers of a request have to fit into one buffer, less what we may add. Twice as much costs 5 % speed.
+        "    tune.bufsize 16384",
+        "    tune.maxrewrite 1024",
         "    tune.http.maxhdr 256",
         "    tune.h2.max-concurrent-streams 250",
         "    tune.ssl.cachesize 5000",
@@ -322,7 +322,8 @@ def _defaults() -> Iterator[str]:
         "    option abortonclose",
         "    option redispatch 1",
         "    retries 3",
-        # A request is repeated elsewhere only if no backend can have acted on it, or if it is a GET.
+        # A request is repeated elsewhere only if no backend can have acted on it, or if it is a GET: a connection
+        # that had been idle may close just when it is used again.
         "    retry-on conn-failure empty-response",
         "    http-reuse safe",
         "    http-request set-timeout server 24h if { req.hdr(accept) -m sub text/event-stream }",
@@ -345,6 +346,7 @@ def _http_frontend(port: int, settings: Settings) -> Iterator[str]:
     strict = "" if settings.default_pair is not None else " strict-sni"
     routes = f"{BASE}/{routes_map(port)}"
     found = "{ var(txn.pool) -m found }"
+    busy = "{ var(txn.busy) -m found }"
 
     yield f"frontend {'http' if port == 0 else f'http.{port}'} from http_frontend"
     yield from (f"    bind {address}:{p}{proxy}" for p in plain if p)
@@ -366,14 +368,16 @@ def _http_frontend(port: int, settings: Settings) -> Iterator[str]:
         # What identifies the request, here and in the log.
         "    http-request set-var(txn.start) date(0,ms)",
         "    http-request set-var(txn.host) req.hdr(host),field(1,:),lower,rtrim(.)",
-        "    http-request set-var(txn.target) path",
-        "    http-request set-var(txn.method) method",
+        # Under load, what a single request does not need is left out: its line in the log, the copy for a retry.
+        f"    http-request set-var(txn.busy) bool(true) if {{ fe_req_rate gt {settings.busy_requests_per_second} }}",
+        f"    http-request set-log-level silent if {busy}",
+        f"    http-request set-var(txn.target) path if !{busy}",
+        f"    http-request set-var(txn.method) method if !{busy}",
         "    http-request deny deny_status 400 if !{ req.fhdr_cnt(host) eq 1 } !HTTP_1.0",
         "    http-request return status 200 if METH_OPTIONS { url * }",
         "    http-request set-header X-Request-Id %[uuid()]"
         " if !{ req.fhdr(X-Request-Id) -m reg ^[A-Za-z0-9+/=-]{20,200}$ }",
-        "    http-request set-var(txn.id) req.fhdr(X-Request-Id)",
-        f"    http-request set-log-level silent if {{ fe_req_rate gt {settings.log_requests_per_second} }}",
+        f"    http-request set-var(txn.id) req.fhdr(X-Request-Id) if !{busy}",
         # Which pool: exact domain, then wildcards from the longest, then the catch-all.
         f"    http-request set-var(txn.path) path,bytes(0,{_LONGEST_KEY}),url_dec",
         "    http-request set-var(txn.path) var(txn.path),regsub(/+,/,g) if { var(txn.path) -m sub // }",
@@ -404,8 +408,8 @@ def _http_frontend(port: int, settings: Settings) -> Iterator[str]:
     yield from (
         "    http-request set-header X-Request-Start %[var(txn.start)]",
         "    http-request del-header TE",
-        "    http-request disable-l7-retry if !METH_GET",
-        "    http-after-response set-var(txn.status) status",
+        f"    http-request disable-l7-retry if {busy} || !METH_GET",
+        f"    http-after-response set-var(txn.status) status if !{busy}",
         "    use_backend %[var(txn.raw)] if { var(txn.raw) -m beg raw: }",
         "    use_backend %[var(txn.pool)]",
         "    default_backend unavailable",
