@@ -73,6 +73,7 @@ async def test_a_crash_between_snapshot_and_shorter_log_loses_nothing(place: Pla
         assert live.state.services == before
 
 
+@pytest.mark.slow
 async def test_silent_instances_expire_and_talking_ones_stay(place: Place) -> None:
     async with member(place, ttl=timedelta(seconds=1.5)), place.client() as client:
         await client.create("web")
@@ -103,6 +104,7 @@ class Interrupted(SystemClock):
         return super().monotonic() + self.lost
 
 
+@pytest.mark.slow
 async def test_a_leader_that_was_stopped_itself_does_not_blame_the_others(place: Place) -> None:
     clock = Interrupted()
     async with member(place, ttl=timedelta(seconds=2), clock=clock), place.client() as client:

@@ -122,7 +122,7 @@ async def test_rubbish_does_not_harm() -> None:
     async with name_server() as address:
         reply = DNSRecord.parse(await by_udp(address, b"\x12\x34\x01\x00\x00\x01" + b"\xff" * 30))
         assert RCODE[reply.header.rcode] == "FORMERR"
-        reader, writer = await asyncio.open_connection(*address)
+        _, writer = await asyncio.open_connection(*address)
         writer.write(b"\x00")
         writer.close()
         await writer.wait_closed()

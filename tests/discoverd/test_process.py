@@ -12,9 +12,9 @@ from flynn.daemon import ConfigError
 from flynn.discoverd import config
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.types.codec import replace
-from flynn.types.errors import Unauthorized
+from flynn.types.errors import ObjectExists, PreconditionFailed, Unauthorized
 from flynn.types.host import DiscoverdConfig, NetworkConfig
-from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceMeta
+from flynn.types.instance import DiscoverdEvent, EventKind, Instance, LeaderType, ServiceMeta
 from tests.discoverd.fakehost import fake_host
 from tests.discoverd.harness import Place, Process, loopback_address, until
 
@@ -49,6 +49,34 @@ async def test_a_killed_discoverd_is_back_within_two_seconds_and_nobody_notices(
             listening.cancel()
         assert [one.id for one in await client.instances("discoverd")]
         assert await process.stop() == 0
+
+
+@pytest.mark.slow
+async def test_no_acknowledged_write_is_lost_by_kills_at_any_moment(place: Place) -> None:
+    acknowledged = ServiceMeta(data=0)
+    async with Process(place, "-notify", "") as process, place.client() as client:
+        await client.create("counter", LeaderType.MANUAL)
+
+        async def count() -> None:
+            nonlocal acknowledged
+            while True:
+                try:
+                    acknowledged = await client.put_meta("counter", replace(acknowledged, data=acknowledged.data + 1))
+                except (PreconditionFailed, ObjectExists):
+                    # The answer to a write that did succeed was lost: exactly one more than was acknowledged.
+                    meta = await client.get_meta("counter")
+                    assert meta is not None and meta.data == acknowledged.data + 1
+                    acknowledged = meta
+
+        counting = asyncio.ensure_future(count())
+        for moment in (0.5, 0.31, 0.17):
+            await until(lambda before=acknowledged.data: acknowledged.data > before + 10)  # type: ignore[misc]
+            await asyncio.sleep(moment)
+            await process.kill()
+            await process.start()
+        await until(lambda before=acknowledged.data: acknowledged.data > before + 10)  # type: ignore[misc]
+        assert not counting.done()
+        counting.cancel()
 
 
 @pytest.mark.slow
