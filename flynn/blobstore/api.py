@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from datetime import datetime
 from email.utils import format_datetime
 from urllib.parse import quote
 
@@ -26,6 +27,17 @@ from flynn.blobstore.conditions import (
     Whole,
     decide_read,
     decide_write,
+)
+from flynn.blobstore.mirror import (
+    MEMBERS_PATH,
+    MIRRORED,
+    RECORDS_PATH,
+    Alone,
+    Forwarding,
+    Mirror,
+    Outdated,
+    Record,
+    newer_only,
 )
 from flynn.blobstore.signing import EXPIRES, SIGNATURE, BadSignature, verify
 from flynn.http.server import Api, Raw, Request, Streaming
@@ -51,10 +63,23 @@ OFFSET = "Blobstore-Offset"
 SHA512_256 = "Blobstore-Sha512-256"  # the store's own measurement, for those who must not trust the uploader's
 
 
-def blobstore_api(backend: Backend, *, signing_key: str, clock: Clock) -> Api:
+MEMBERS = access("app:blobstore")
+
+
+def blobstore_api(backend: Backend, *, signing_key: str, clock: Clock, mirror: Mirror | None = None) -> Api:
     """Return the API over one back end; with an empty `signing_key` no signed URL is accepted."""
-    handlers = _Handlers(backend, signing_key, clock)
+    handlers = _Handlers(backend, signing_key, clock, mirror or Alone())
     api = Api("blobstore", status=handlers.status)
+    if mirror is not None:
+
+        async def records(request: Request) -> list[Record]:
+            return await mirror.records()
+
+        async def members(request: Request) -> list[str]:
+            return mirror.members()
+
+        api.route("GET", RECORDS_PATH, records, allow=MEMBERS)
+        api.route("GET", MEMBERS_PATH, members, allow=MEMBERS)
     api.route("GET", "/", handlers.listing, allow=ANYONE)
     api.route("HEAD", "/", handlers.ping, allow=ANYONE)
     for method, handler in (
@@ -69,8 +94,9 @@ def blobstore_api(backend: Backend, *, signing_key: str, clock: Clock) -> Api:
 
 
 class _Handlers:
-    def __init__(self, backend: Backend, signing_key: str, clock: Clock) -> None:
+    def __init__(self, backend: Backend, signing_key: str, clock: Clock, mirror: Forwarding) -> None:
         self._backend = backend
+        self._mirror = mirror
         self._signing_key = signing_key
         self._clock = clock
 
@@ -133,6 +159,8 @@ class _Handlers:
         if isinstance(name, Raw):
             return name
         names.check(name)
+        if MEMBERS.admits(request.peer) and request.header(MIRRORED):
+            return await self._put_mirrored(request, name)
         source, offset = request.header(COPY_FROM), _offset(request.header(OFFSET))
         if (source or offset) and not PIPELINE.admits(request.peer):
             raise Forbidden("a signed URL allows neither copying nor appending")
@@ -149,7 +177,23 @@ class _Handlers:
             blob = await self._backend.put(
                 name, _whole_body(request), content_type=request.header("Content-Type"), guard=guard
             )
+        await self._mirror.put(name)
         return Raw(headers={"Etag": blob.etag, SHA512_256: blob.sha512_256})
+
+    async def _put_mirrored(self, request: Request, name: str) -> Raw:
+        """A write that another member has committed: it goes no further."""
+        try:
+            modified = datetime.fromisoformat(request.header(MIRRORED))
+        except ValueError as error:
+            raise ValidationError(MIRRORED, "is not a time") from error
+        kind = request.header("Content-Type")
+        try:
+            await self._backend.put(
+                name, _whole_body(request), content_type=kind, modified=modified, guard=newer_only(modified)
+            )
+        except Outdated:
+            pass  # ours was written later, and the sender hears of it from us
+        return Raw()
 
     async def delete(self, request: Request) -> Raw | None:
         name = self._admitted(request)
@@ -161,6 +205,8 @@ class _Handlers:
                 raise PreconditionFailed(f"{name} is not what the precondition says")
 
         await self._backend.delete(name, guard=guard)
+        if not (MEMBERS.admits(request.peer) and request.header(MIRRORED)):
+            await self._mirror.delete(name)
         return None
 
     async def no_such_method(self, request: Request) -> Raw:

@@ -11,7 +11,7 @@ hashes. Contract, checked by `tests/blobstore/test_backend_contract.py` for ever
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,9 +69,18 @@ class Backend(Protocol):
         ...
 
     async def put(
-        self, name: str, body: AsyncIterable[bytes], *, content_type: str = "", guard: Guard = no_guard
+        self,
+        name: str,
+        body: AsyncIterable[bytes],
+        *,
+        content_type: str = "",
+        guard: Guard = no_guard,
+        modified: datetime | None = None,
     ) -> Blob:
-        """Create or replace. `guard` runs before the upload and again, atomically, with its commit."""
+        """Create or replace. `guard` runs before the upload and again, atomically, with its commit.
+
+        `modified` is when the blob was written first, for one that comes from another store; None = now.
+        """
         ...
 
     async def append(self, name: str, body: AsyncIterable[bytes], *, offset: int, guard: Guard = no_guard) -> Blob:
@@ -88,4 +97,8 @@ class Backend(Protocol):
 
     async def children(self, directory: str) -> list[str]:
         """Return the direct children as full names, directories with a trailing slash, sorted bytewise."""
+        ...
+
+    async def records(self) -> Sequence[Blob]:
+        """Return what is known of all blobs."""
         ...

@@ -22,6 +22,7 @@ from flynn.identity import Identity
 from flynn.types.errors import NotFound, UnknownError
 
 URL = "https://blobstore.discoverd:80"
+LEADER_URL = "https://leader.blobstore.discoverd:80"  # for conditional writes: one place has to decide
 
 PATIENCE = Retry(within=timedelta(seconds=15))  # a blobstore that is being replaced is back within that
 
@@ -114,7 +115,7 @@ class Blobstore:
         return BlobInfo.of(await self._http.upload(quote(name), body, headers=headers))
 
     async def copy(self, source: str, target: str, *, only_create: bool = False) -> BlobInfo:
-        """Make `target` the same as `source`, inside the store. Raises NotFound, or PreconditionFailed as `put` does."""
+        """Make `target` the same as `source`, inside the store. Raises NotFound, and what `put` raises."""
         headers = {"Blobstore-Copy-From": source} | ({"If-None-Match": "*"} if only_create else {})
         return BlobInfo.of(await self._http.upload(quote(target), b"", headers=headers))
 

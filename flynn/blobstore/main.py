@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flynn.aio.clock import SystemClock
-from flynn.aio.supervisor import TaskSet
+from flynn.aio.supervisor import TaskSet, supervisor
 from flynn.blobstore.api import blobstore_api
+from flynn.blobstore.mirror import SERVICE as MIRROR_SERVICE
+from flynn.blobstore.mirror import Mirror
 from flynn.blobstore.volume import VolumeBackend
 from flynn.daemon import ConfigError, run
 from flynn.discoverd.client import Discoverd
 from flynn.discoverd.instances import instance_from_environment
+from flynn.http.client import HttpClient
 from flynn.http.server import listen
 from flynn.identity import Identity
+from flynn.types.instance import Instance
 
 SERVICE = "blobstore"
 ARGUMENTS = ("", "server")  # the original's subcommand; maintenance of other back ends is not here yet
@@ -60,15 +64,28 @@ async def running(config: Config) -> AsyncIterator[None]:
         backend = VolumeBackend(config.data)
     except OSError as error:
         raise ConfigError(f"BLOBSTORE_DATA: {error}") from error
-    api = blobstore_api(backend, signing_key=config.signing_key, clock=SystemClock())
+    own = instance_from_environment(config.environment, config.port, proto="https")
+
+    def connect(instance: Instance) -> HttpClient:
+        return HttpClient(f"https://{instance.addr}", tls=identity, server_name=f"{SERVICE}.discoverd")
+
     async with (
-        TaskSet() as tasks,
-        listen(api, config.listen_ip or "0.0.0.0", config.port, tls=identity, require_client=False) as (_, port),
         Discoverd.from_environment(config.environment) as registry,
-        registry.registered(config.service, instance_from_environment(config.environment, port, proto="https")),
+        supervisor() as spawn,
+        TaskSet() as tasks,
     ):
-        tasks.start("sweep", backend.sweep())
-        yield
+        mirror = Mirror(own, backend, connect, tasks)
+        api = blobstore_api(backend, signing_key=config.signing_key, clock=SystemClock(), mirror=mirror)
+        address = config.listen_ip or "0.0.0.0"
+        async with (
+            listen(api, address, config.port, tls=identity, require_client=False),
+            registry.registered(MIRROR_SERVICE, own),
+        ):
+            tasks.start("sweep", backend.sweep())
+            spawn("follow members", mirror.follow(registry))
+            await mirror.catch_up(registry)
+            async with registry.registered(config.service, own):
+                yield
 
 
 def main() -> None:

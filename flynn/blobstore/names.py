@@ -45,6 +45,11 @@ def blob_path(name: str) -> str:
     return directory_path(name) + BLOB_SUFFIX
 
 
+def directory_name(path: str) -> str:
+    """Return the name of the directory at a relative file system path: the reverse of `directory_path`."""
+    return "/" if path == "." else "/" + "/".join(_decoded(component) for component in path.split("/"))
+
+
 def child_name(directory: str, entry: str) -> str:
     """Return the name an entry of a directory stands for; directories end in a slash."""
     prefix = "" if directory == "/" else directory

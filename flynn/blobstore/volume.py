@@ -93,7 +93,7 @@ class _Upload:
                 self._file.close()
                 self.path.unlink(missing_ok=True)
 
-    def blob(self, name: str, content_type: str) -> Blob:
+    def blob(self, name: str, content_type: str, modified: datetime | None = None) -> Blob:
         return Blob(
             name=name,
             object_id=self.path.name,
@@ -101,7 +101,7 @@ class _Upload:
             content_type=content_type,
             sha512=self._sha512.hexdigest(),
             sha512_256=self._sha512_256.hexdigest(),
-            modified=datetime.now(UTC),
+            modified=modified or datetime.now(UTC),
         )
 
 
@@ -145,12 +145,18 @@ class VolumeBackend:
             os.close(fd)
 
     async def put(
-        self, name: str, body: AsyncIterable[bytes], *, content_type: str = "", guard: Guard = no_guard
+        self,
+        name: str,
+        body: AsyncIterable[bytes],
+        *,
+        content_type: str = "",
+        guard: Guard = no_guard,
+        modified: datetime | None = None,
     ) -> Blob:
         guard(await self.find(name))
         async with self._upload() as upload:
             await _fill(upload, body)
-            blob = upload.blob(name, content_type)
+            blob = upload.blob(name, content_type, modified)
             await asyncio.to_thread(upload.commit, partial(self._commit_record, blob, guard))
         return blob
 
@@ -179,6 +185,9 @@ class VolumeBackend:
 
     async def children(self, directory: str) -> list[str]:
         return await asyncio.to_thread(self._children, directory)
+
+    async def records(self) -> list[Blob]:
+        return await asyncio.to_thread(self._records)
 
     async def sweep(self) -> int:
         """Remove the objects that were there at start and belong to no record; returns how many."""
@@ -291,6 +300,17 @@ class VolumeBackend:
             self._prune(directory.parent)
         for _, object_id in doomed:
             self._object(object_id).unlink(missing_ok=True)
+
+    def _records(self) -> list[Blob]:
+        found = []
+        for folder, _, files in os.walk(self._names):
+            directory = names.directory_name(os.path.relpath(folder, self._names))
+            for file in files:
+                if file.endswith(names.BLOB_SUFFIX):
+                    blob = self._record(names.child_name(directory, file))
+                    if blob is not None:
+                        found.append(blob)
+        return found
 
     def _records_below(self, directory: Path) -> list[tuple[Path, str]]:
         found = []

@@ -78,8 +78,10 @@ class _Handlers:
         """Authenticate, find the app, and hand over."""
         fields = {"method": request.method, "path": request.raw_path, "client": request.remote, "request": request.id}
         credentials = request.basic_auth
-        if credentials is None or not hmac.compare_digest(credentials[1].encode(), self._.key.encode()):
-            log.info("refused: wrong or no key", extra=fields)
+        if credentials is None:
+            return UNAUTHORIZED  # git always asks without a key first
+        if not hmac.compare_digest(credentials[1].encode(), self._.key.encode()):
+            log.info("refused: wrong key", extra=fields)
             return UNAUTHORIZED
         wanted = match(request.method, request.raw_path)
         if wanted is None:

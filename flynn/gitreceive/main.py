@@ -48,7 +48,7 @@ class Config:
             listen_ip=environ.get("LISTEN_IP", ""),
             controller_key=environ["CONTROLLER_KEY"],
             controller_url=environ.get("CONTROLLER_URL") or controller.INSIDE_URL,
-            blobstore_url=environ.get("BLOBSTORE_URL") or blobstore.URL,
+            blobstore_url=environ.get("BLOBSTORE_URL") or blobstore.LEADER_URL,
             directory=Path(environ.get("TMPDIR") or tempfile.gettempdir()),
             environment=environ,
         )

@@ -88,7 +88,7 @@ class Config:
             controller_key=environ["CONTROLLER_KEY"],
             controller_url=environ.get("CONTROLLER_URL") or controller.INSIDE_URL,
             signing_key=environ["BLOBSTORE_SIGNING_KEY"],
-            blobstore_url=environ.get("BLOBSTORE_URL") or blobstore.URL,
+            blobstore_url=environ.get("BLOBSTORE_URL") or blobstore.LEADER_URL,
         )
 
 
