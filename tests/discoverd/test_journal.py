@@ -48,6 +48,16 @@ def test_the_end_can_be_taken_back_and_written_anew(tmp_path: Path) -> None:
     assert reopened(tmp_path / "log") == journal[:] == [ENTRIES[0], (b"other", 2, 3)]
 
 
+def test_what_comes_again_was_never_away(tmp_path: Path) -> None:
+    """A leader repeats itself: a crash in the middle of that must not lose what was confirmed before."""
+    journal = filled(tmp_path / "log")
+    journal.deleteEntriesFrom(1)
+    assert reopened(tmp_path / "log") == ENTRIES
+    journal.add(*ENTRIES[1])
+    assert not journal.dirty
+    assert reopened(tmp_path / "log") == journal[:] == ENTRIES
+
+
 def test_the_beginning_goes_into_a_snapshot(tmp_path: Path) -> None:
     journal = filled(tmp_path / "log")
     journal.deleteEntriesTo(2)
@@ -94,7 +104,7 @@ def test_a_flipped_bit_is_not_believed(tmp_path: Path) -> None:
 
 Step = st.one_of(
     st.tuples(st.just("add"), st.binary(max_size=40)),
-    st.tuples(st.just("from"), st.integers(0, 8)),
+    st.tuples(st.just("again"), st.tuples(st.integers(0, 8), st.booleans())),
     st.tuples(st.just("to"), st.integers(0, 8)),
     st.tuples(st.just("reopen"), st.none()),
 )
@@ -111,13 +121,19 @@ def test_it_is_a_list_that_survives(tmp_path_factory: pytest.TempPathFactory, st
                 index += 1
                 journal.add(command, index, 1)
                 model.append((command, index, 1))
-            case "from", int(position):
+            case "again", (int(position), bool(same)) if position < len(model):
+                command, at, term = model[position]
+                entry = (command, at, term if same else term + 1)
                 journal.deleteEntriesFrom(position)
-                del model[position:]
+                journal.add(*entry)
+                if not same:
+                    model[position:] = [entry]
+                    index = at
             case "to", int(position):
                 journal.deleteEntriesTo(position)
                 model = model[position:]
-            case _:
+                index = model[-1][1] if model else index
+            case "reopen", _:
                 journal._destroy()
                 journal = DurableJournal(path)
         assert journal[:] == model

@@ -7,6 +7,10 @@ anything that promises them leaves for another member.
     header   "FLYNLOG1"
     record   length u32, crc32 u32, index u64, term u64, command        (little endian; the crc covers all after itself)
 
+pysyncobj takes back everything behind the position a leader writes at, though most of it usually comes again with the
+same message; a crash in between would lose entries this member has already confirmed. So taking back is put off: an
+entry that is added again is recognised, and only a *different* one cuts the log, which is what the Raft paper asks for.
+
 A torn record at the end is what a power cut in mid-write leaves: it was never promised to anybody and is cut off.
 Term and vote are in a file of their own, replaced whole. The commit index is not stored: a new leader finds it again
 by committing an entry of its own term.
@@ -55,6 +59,11 @@ class DurableJournal(Journal):  # type: ignore[misc]  # the library has no types
 
     def add(self, command: bytes, idx: int, term: int) -> None:
         entry = (bytes(command), idx, term)
+        position = idx - self._entries[0][1] if self._entries else 0
+        if 0 <= position < len(self._entries):
+            if self._entries[position] == entry:
+                return
+            self._cut(position)
         self._entries.append(entry)
         self._offsets.append(self._size)
         record = _encode(entry)
@@ -72,15 +81,17 @@ class DurableJournal(Journal):  # type: ignore[misc]  # the library has no types
             os.fdatasync(self._file)
 
     def clear(self) -> None:
-        self.deleteEntriesFrom(0)
+        if self._entries:
+            self._cut(0)
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
-        if entryFrom >= len(self._entries):
-            return
+        """Put off until something else is added there."""
+
+    def _cut(self, position: int) -> None:
         self._write_pending()
-        self._size = self._offsets[entryFrom]
-        del self._entries[entryFrom:]
-        del self._offsets[entryFrom:]
+        self._size = self._offsets[position]
+        del self._entries[position:]
+        del self._offsets[position:]
         os.ftruncate(self._file, self._size)
         os.lseek(self._file, self._size, os.SEEK_SET)
         os.fdatasync(self._file)

@@ -5,6 +5,7 @@ What differs from pysyncobj as it comes, and why:
 - Pace. By itself it sends and commits only every `appendEntriesPeriod`, so a lone writer waits 100 ms and more. Here
   the tick is repeated until neither the log nor the commit index moves, and only then does the thread wait for a
   socket, for a new command (a pipe wakes it) or for the next period. Idle it ticks a few times a second.
+- Repetition. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
 - Durability. The journal is ours (`journal`). It is synced before the leader counts itself, and by `_Transport` before
   a follower confirms.
 - Snapshots are our own format, and the journal is trimmed to the snapshot when both are loaded: pysyncobj would drop
@@ -41,7 +42,7 @@ from flynn.types.errors import ServiceUnavailable
 log = logging.getLogger(__name__)
 
 PERIOD = 0.1  # seconds between the leader's heartbeats when there is nothing to send
-ELECTION_TIMEOUT = (0.4, 0.9)  # a dead leader is replaced within 1.5 s, counting one split vote
+ELECTION_TIMEOUT = (0.35, 0.75)  # a dead leader is replaced within 1.5 s, counting one split vote
 ALONE_PERIOD = 0.02  # a cluster of one has nobody to send to or to wait for, so it is back at once;
 ALONE_ELECTION_TIMEOUT = (0.07, 0.1)  # pysyncobj wants three periods at least
 LEASE = 1.5  # a leader that has not heard from a majority for so long steps down
@@ -258,6 +259,12 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         return WAIT_ALONE if self._isLeader() else WAIT_BEFORE_ELECTION
 
     @property
+    def next_index(self) -> dict[Any, int]:
+        """Per follower, the entry that it is sent next."""
+        following: dict[Any, int] = self._SyncObj__raftNextIndex
+        return following
+
+    @property
     def position(self) -> tuple[int, int, int, int]:
         """Changes as long as there is something to do at once."""
         return self.journal[-1][1], self.raftCommitIndex, self.raftLastApplied, self.raftCurrentTerm
@@ -283,6 +290,18 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
 
 
 class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no types
+    def _onMessageReceived(self, node: Any, message: Any) -> None:
+        """Keep a late confirmation from moving the leader's position for a follower back.
+
+        pysyncobj would then send again all that is under way, and the follower would write it again.
+        """
+        following = self._syncObj.next_index.get(node, 0)
+        super()._onMessageReceived(node, message)
+        if isinstance(message, dict) and message.get("type") == "next_node_idx" and not message["reset"]:
+            now = self._syncObj.next_index
+            if node in now:
+                now[node] = max(now[node], following)
+
     def send(self, node: Any, message: Any) -> bool:
         if isinstance(message, dict) and message.get("type") == "next_node_idx":
             self._syncObj.journal.sync()  # "I have these entries" must be true after a power cut, too
