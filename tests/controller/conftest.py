@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import shutil
 import signal
@@ -137,8 +136,8 @@ def postgres_server() -> Iterator[PostgresServer]:
         server.create()
         server.start()
         with psycopg.connect(server.conninfo("postgres"), autocommit=True) as connection:
-            connection.execute("CREATE DATABASE template_controller")
-        asyncio.run(migrated(server.conninfo("template_controller")))
+            connection.execute("CREATE DATABASE controller")
+        asyncio.run(migrated(server.conninfo("controller")))
         yield server
     finally:
         server.stop()
@@ -146,21 +145,30 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 
 async def migrated(conninfo: str) -> None:
-    assert await migrate(Database(conninfo))
+    assert await migrate(Database(conninfo)) and not await migrate(Database(conninfo))
 
 
-_numbers = itertools.count(1)
+KEPT_TABLES = (
+    "schema_migrations deployment_strategies event_types job_states release_types scale_request_states volume_types"
+    " volume_states sink_kinds backup_statuses"
+)
 
 
 @pytest.fixture
-def conninfo(postgres_server: PostgresServer) -> Iterator[str]:
-    """A fresh, migrated database."""
-    name = f"controller_{next(_numbers)}"
-    with psycopg.connect(postgres_server.conninfo("postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template_controller".encode())
-    yield postgres_server.conninfo(name)
-    with psycopg.connect(postgres_server.conninfo("postgres"), autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+def conninfo(postgres_server: PostgresServer) -> str:
+    """A migrated database with nothing in it. Emptying one is several times as fast as making one."""
+    conninfo = postgres_server.conninfo("controller")
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        emptied = ", ".join(sorted({name for (name,) in tables} - set(KEPT_TABLES.split())))
+        connection.execute(f"TRUNCATE {emptied} CASCADE".encode())
+        for sequence in ("event_ids", "name_ids"):
+            connection.execute(f"ALTER SEQUENCE {sequence} RESTART".encode())
+    return conninfo
 
 
 @pytest.fixture

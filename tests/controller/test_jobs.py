@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -110,9 +111,7 @@ class FakeHost:
         async with await request.upgrade(attach.PROTOCOL) as connection:
             connection.write(attach.encode(attach.Waiting()))
             await connection.drain()
-            import asyncio
-
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(1):
                 while self.attached.job_id not in self.jobs:
                     await asyncio.sleep(0.01)
                 connection.write(attach.encode(attach.Attached()))
