@@ -37,21 +37,28 @@ class HostLink:
     async def keep_informed(self, dns: str) -> None:
         """Tell the host for ever, for name servers whose address is fixed by configuration."""
         while True:
-            status = await self._status_told(dns)
+            status = await self._status()
+            await self._tell(status, dns)
             await asyncio.sleep(INTERVAL if status is not None else BOOT_INTERVAL)
 
     async def follow_bridge(self, serve_names: ServeNames) -> None:
-        """Serve names on the bridge as soon as, and as long as, the host has one, and keep the host informed."""
+        """Serve names on the bridge as soon as, and as long as, the host has one, and keep the host informed.
+
+        Until then the host is told without a name server; where there is a bridge already, only with it, so that a
+        restart does not take an address away that answers again in a moment.
+        """
         while True:
-            status = await self._status_told(dns="")
+            status = await self._status()
             network = status.network if status is not None else None
             if network is None or not network.subnet:
+                await self._tell(status, dns="")
                 await asyncio.sleep(BOOT_INTERVAL)
                 continue
             try:
                 await self._serve_on(network, serve_names)
             except OSError as error:
                 log.warning("cannot serve names on the bridge yet", extra={"subnet": network.subnet, "error": error})
+                await self._tell(status, dns="")
                 await asyncio.sleep(1)
 
     async def _serve_on(self, network: NetworkConfig, serve_names: ServeNames) -> None:
@@ -61,28 +68,30 @@ class HostLink:
         async with serve_names((bridge, DNS_PORT), resolvers) as (ip, port):
             log.info("serving names", extra={"address": f"{ip}:{port}", "resolvers": resolvers})
             while True:
-                status = await self._status_told(dns=f"{ip}:{port}")
+                status = await self._status()
+                await self._tell(status, dns=f"{ip}:{port}")
                 if status is not None and _moved(status.network, network):
                     return
                 await asyncio.sleep(INTERVAL if status is not None else BOOT_INTERVAL)
 
-    async def _status_told(self, dns: str) -> HostStatus | None:
-        """The host's status, after telling it what it did not know; None while it does not answer."""
-        wanted = DiscoverdConfig(job_id=self._job_id, url=self._url, dns=dns)
+    async def _status(self) -> HostStatus | None:
+        """None while the host does not answer."""
         try:
-            status = await self._host.status()
-            if status.discoverd != wanted and not _knows_more(status.discoverd, wanted):
-                await self._host.configure_discoverd(wanted)
-                log.info("told the host", extra={"url": self._url, "dns": dns})
+            return await self._host.status()
         except ApiError as error:
             log.debug("the host does not answer", extra={"error": error})
             return None
-        return status
 
-
-def _knows_more(known: DiscoverdConfig | None, wanted: DiscoverdConfig) -> bool:
-    """While our name server is not up (again), the address the host has for it is not taken away."""
-    return known is not None and not wanted.dns and (known.job_id, known.url) == (wanted.job_id, wanted.url)
+    async def _tell(self, status: HostStatus | None, dns: str) -> None:
+        """Tell the host what its status says it does not know."""
+        wanted = DiscoverdConfig(job_id=self._job_id, url=self._url, dns=dns)
+        if status is None or status.discoverd == wanted:
+            return
+        try:
+            await self._host.configure_discoverd(wanted)
+            log.info("told the host", extra={"url": self._url, "dns": dns})
+        except ApiError as error:
+            log.warning("the host refuses to be told", extra={"error": error})
 
 
 def _moved(now: NetworkConfig | None, before: NetworkConfig) -> bool:

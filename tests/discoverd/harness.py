@@ -100,10 +100,10 @@ class Process:
         }
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, **environ: str) -> None:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "flynn.discoverd.main", "-data-dir", str(self.place.directory / "data"), *self._flags,
-            env=self._environ,
+            env={**self._environ, **environ},
         )  # fmt: skip
 
     async def kill(self) -> None:

@@ -87,18 +87,19 @@ async def test_the_host_is_told_and_told_again(place: Place) -> None:
         async with fake_host(place.identity, place.address) as host:
             url_only = DiscoverdConfig(job_id="host0-discoverd", url=place.http_address)
             await until(lambda: host.status.discoverd == url_only)
-            host.status = replace(host.status, network=NetworkConfig(subnet=f"{bridge}/24", resolvers=[]))
+            network = NetworkConfig(subnet=f"{bridge}/24", resolvers=[])
+            host.status = replace(host.status, network=network)
             complete = replace(url_only, dns=f"{bridge}:53")
             await until(lambda: host.status.discoverd == complete)
             assert await _address_of("discoverd.discoverd", bridge) == place.address
 
             host.forget()
             await until(lambda: host.status.discoverd == complete)
+            host.status = replace(host.status, network=network)
             told = len(host.told)
             await process.kill()
-            await process.start()
-            async with place.client() as client:
-                await client.create("web")
+            await process.start(FLYNN_JOB_ID="host0-another")
+            await until(lambda: host.status.discoverd == replace(complete, job_id="host0-another"))
             # The new process finds the network at once, and never takes the name server's address away.
             await asyncio.sleep(1)
             assert all(isinstance(config, DiscoverdConfig) and config.dns for config in host.told[told:])
