@@ -78,7 +78,8 @@ from flynn.types.host import JobStatus
 
 log = logging.getLogger(__name__)
 
-FAILED_CHECKS = 3  # in a row, after discoverd has already given the host up: then its jobs are replaced
+FAILED_CHECKS = 3  # in a row, when discoverd has given the host up as well: then its jobs are replaced
+FAILED_CHECKS_LISTED = 30  # while discoverd still lists it: its daemon may just be restarting, and its jobs run on
 CHECK_EVERY = timedelta(milliseconds=500)
 ROUTER_PATIENCE = timedelta(seconds=10)  # so long a job in service waits for routers that have not picked it up
 SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger leaves a formation wrong for good
@@ -246,7 +247,14 @@ class Engine:
             log.info("host up", extra={"host": event.host})
             self._hosts_changed()
             return
-        host = replace(known, tags=dict(event.tags), shutting_down=event.shutting_down, healthy=True, failed_checks=0)
+        host = replace(
+            known,
+            tags=dict(event.tags),
+            shutting_down=event.shutting_down,
+            healthy=True,
+            failed_checks=0,
+            listed=True,
+        )
         self.world.hosts[event.host] = host
         if host.tags != known.tags:
             log.info("host tags changed", extra={"host": event.host, "from": known.tags, "to": host.tags})
@@ -273,6 +281,7 @@ class Engine:
         if host.shutting_down:
             self._unfollow(host, now)
         else:
+            self.world.hosts[id] = replace(host, listed=False)
             self._suspect(id)
 
     def _suspect(self, id: HostID) -> None:
@@ -294,7 +303,7 @@ class Engine:
             return
         failed = host.failed_checks + 1
         self.world.hosts[id] = replace(host, failed_checks=failed)
-        if failed >= FAILED_CHECKS:
+        if failed >= (FAILED_CHECKS_LISTED if host.listed else FAILED_CHECKS):
             self._unfollow(self.world.hosts[id], now)
         else:
             self._after(CHECK_EVERY, now, "check", id)

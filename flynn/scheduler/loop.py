@@ -121,7 +121,7 @@ class SchedulerLoop:
         """Start everything but the watch of the leadership, which waits until the scheduler is registered."""
         spawn("decide", self.run())
         spawn("watch hosts", self._watch_hosts())
-        spawn("miss hosts", self._miss_hosts())
+        spawn("compare hosts", self._compare_hosts())
         spawn("follow formations", self._follow_formations())
         spawn("follow volumes", self._follow_volumes())
         spawn("list jobs", self._every(JOBS_EVERY, self._resync_jobs, self._list_jobs))
@@ -216,14 +216,17 @@ class SchedulerLoop:
                     self._addresses.pop(host, None)
                     await self.tell(HostGone(host))
 
-    async def _miss_hosts(self) -> None:
-        """A host that answers its probe but stays out of the directory is probed again and again."""
+    async def _compare_hosts(self) -> None:
+        """Level, not edge: what the directory lists is followed, what it does not list is probed again and again."""
         while True:
             await self._clock.sleep(HOSTS_EVERY)
             if not self._hosts_current.is_set():
                 continue
             for host in set(self.engine.world.hosts) - set(self._addresses):
                 await self.tell(HostGone(host))
+            for host, instance in list(self._addresses.items()):
+                if host not in self.engine.world.hosts:
+                    await self.tell(_seen(host, instance))
 
     async def _follow_host(self, host: HostID) -> None:
         """Keep a host's event stream open; list its jobs each time it begins, so that nothing falls between."""

@@ -60,6 +60,7 @@ class Host:
     healthy: bool = True
     failed_checks: int = 0
     shutting_down: bool = False
+    listed: bool = True  # discoverd has it
 
     def fits(self, wanted: Tags) -> bool:
         """Whether the host carries all wanted tags; none wanted fits every host."""

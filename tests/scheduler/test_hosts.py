@@ -1,0 +1,61 @@
+"""When a host counts as lost: a daemon that restarts is not a machine that died."""
+
+from datetime import UTC, datetime, timedelta
+from random import Random
+
+import pytest
+from pytest import param
+
+from flynn.scheduler.engine import CHECK_EVERY, FAILED_CHECKS, FAILED_CHECKS_LISTED, Engine
+from flynn.scheduler.events import (
+    CheckHost,
+    FollowHost,
+    HostChecked,
+    HostGone,
+    HostSeen,
+    ListingFailed,
+    Tick,
+    UnfollowHost,
+)
+from flynn.scheduler.model import HostID
+
+NODE = HostID("node1")
+START = datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def failing_checks(engine: Engine, limit: int) -> int:
+    """Let probes fail until the host is given up; how many it took (at most `limit`)."""
+    now = START
+    for count in range(1, limit + 1):
+        now += CHECK_EVERY + timedelta(milliseconds=1)
+        actions = engine.step([HostChecked(NODE, False)], now)
+        if UnfollowHost(NODE) in actions:
+            return count
+        now += CHECK_EVERY
+        assert CheckHost(NODE) in engine.step([Tick()], now)
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        param(
+            ListingFailed(NODE), FAILED_CHECKS_LISTED, id="the directory still lists it: its daemon may be restarting"
+        ),
+        param(HostGone(NODE), FAILED_CHECKS, id="the directory has given it up as well"),
+    ],
+)
+def test_the_patience_with_a_host_depends_on_the_directory(event: ListingFailed | HostGone, expected: int) -> None:
+    engine = Engine(Random(1), lambda: "u1")
+    engine.step([HostSeen(NODE, {})], START)
+    assert CheckHost(NODE) in engine.step([event], START)
+    assert failing_checks(engine, 100) == expected
+
+
+def test_a_host_that_was_given_up_is_followed_anew_when_it_is_seen() -> None:
+    engine = Engine(Random(1), lambda: "u1")
+    engine.step([HostSeen(NODE, {})], START)
+    engine.step([HostGone(NODE)], START)
+    failing_checks(engine, 100)
+    assert NODE not in engine.world.hosts
+    assert FollowHost(NODE) in engine.step([HostSeen(NODE, {})], START)
