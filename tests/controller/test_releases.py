@@ -181,6 +181,8 @@ async def test_the_wire_form_of_refusals(world: World, shop: Shop) -> None:
     async with world.http(key="wrong") as http:
         with pytest.raises(Unauthorized):
             await http.get("/apps")
+        with pytest.raises(Unauthorized):
+            await http.get("/nothing/of/the/kind")
 
 
 async def test_who_is_let_in(world: World) -> None:

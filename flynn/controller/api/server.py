@@ -30,7 +30,7 @@ from flynn.types.errors import ApiError
 from flynn.types.status import Health, Status
 from flynn.version import VERSION
 
-ANY_METHOD_PREFLIGHT = "/{path:.*}"
+EVERYTHING_ELSE = "/{path:.*}"
 MAX_BODY_BYTES = 8 * 1024 * 1024  # a release with a very long environment is still below one
 
 
@@ -70,7 +70,8 @@ def controller_api(
     async def serve_ca_cert(request: Request) -> Raw:
         return Raw(ca_cert, "application/x-x509-ca-cert")
 
-    async def preflight(request: Request) -> Raw:
+    async def unknown(request: Request) -> Raw:
+        # An endpoint like any other, so that who has no key gets 401 here too and learns nothing about what there is.
         return Raw("404 page not found\n", "text/plain; charset=utf-8", 404)
 
     api = Api(
@@ -84,7 +85,6 @@ def controller_api(
         headers=cors_headers(domain),
     )
     api.route("GET", CA_CERT_PATH, serve_ca_cert, allow=access("operator", "host", "app:*"))
-    api.route("OPTIONS", ANY_METHOD_PREFLIGHT, preflight, allow=INSIDERS_WITH_KEY)
     for resource in (
         AppsApi(stores),
         ReleasesApi(stores, ManifestSource(neighbours)),
@@ -99,4 +99,5 @@ def controller_api(
         LogsApi(stores, aggregator),
     ):
         resource.mount(api)
+    api.route("*", EVERYTHING_ELSE, unknown, allow=INSIDERS_WITH_KEY)
     return api
