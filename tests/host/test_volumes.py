@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 
 from flynn.aio.clock import SystemClock
 from flynn.host.state import StateInUse, StateStore
-from flynn.host.volumes import zfs
+from flynn.host.volumes import fuse, zfs
 from flynn.host.volumes.book import VolumeBook
-from flynn.host.volumes.commands import failure
+from flynn.host.volumes.commands import failure, run
 from flynn.host.volumes.directory import DirectoryProvider
 from flynn.host.volumes.provider import Unsupported, VolumeBusy, VolumeError, VolumeGone, VolumeProvider
 from flynn.host.volumes.zfs import ZfsProvider
@@ -99,12 +100,12 @@ async def test_a_pool_is_imported_never_overwritten(tmp_path: Path) -> None:
         place = await provider.create("v1", quota_bytes=20 << 20)
         path = await provider.mount(place)
         (path / "file").write_text("kept")
-        with pytest.raises(OSError, match="quota|space"):
+        with pytest.raises(OSError, match=r"quota|space"):
             (path / "large").write_bytes(os.urandom(30 << 20))
-        subprocess.check_call(["zpool", "export", "-f", POOL])
+        await run("zpool", "export", "-f", POOL)
         await provider.open()
         assert (await provider.mount(place) / "file").read_text() == "kept"
-        subprocess.check_call(["zpool", "export", "-f", POOL])
+        await run("zpool", "export", "-f", POOL)
         file = tmp_path / "volumes" / "vdev" / f"{POOL}-zpool.vdev"
         file.write_bytes(b"precious")
         with pytest.raises(VolumeError):
@@ -172,3 +173,14 @@ async def test_the_book_of_volumes(store: StateStore, tmp_path: Path) -> None:
 async def test_two_daemons_cannot_share_a_state_directory(store: StateStore, tmp_path: Path) -> None:
     with pytest.raises(StateInUse):
         StateStore(tmp_path / "host.db")
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_what_was_synced_survives_the_death_of_zfs_fuse(tmp_path: Path) -> None:
+    if Path("/dev/zfs").exists() or not Path(fuse.DAEMON).exists():
+        pytest.skip("no zfs-fuse here")
+    script = Path(__file__).with_name("zfs_fuse_death.py")
+    command = ["unshare", "--mount", "--propagation", "private", sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "kept\n"), done.stderr

@@ -39,17 +39,26 @@ class VolumeBook:
         self._store, self._providers, self._clock = store, providers, clock
         self._in_use, self._new_id = in_use, new_id
         self._volumes: dict[str, KeptVolume] = {}
+        self._open: set[str] = set()  # providers that have been found or made
         self._locks: dict[str, asyncio.Lock] = {}  # one creation, mount or destruction per volume at a time
         self.events: Broadcast[VolumeEvent] = Broadcast()
 
     async def open(self) -> None:
         """Open the providers and recall the volumes. A provider that fails is tried again when it is needed."""
         self._volumes = {volume.info.id: volume for volume in self._store.volumes()}
-        for name, provider in self._providers.items():
+        for name in self._providers:
             try:
-                await provider.open()
+                await self._opened(name)
             except VolumeError as error:
                 log.error("volume provider not available", extra={"provider": name, "error": str(error)})
+
+    async def _opened(self, name: str) -> VolumeProvider:
+        """Return a provider that is open. Raises `NotFound` for an unknown one, or `VolumeError`."""
+        provider = self._provider(name)
+        if name not in self._open:
+            await provider.open()
+            self._open.add(name)
+        return provider
 
     def all(self) -> list[VolumeInfo]:
         return [volume.info for volume in self._volumes.values()]
@@ -77,7 +86,7 @@ class VolumeBook:
             NotFound: no such provider.
             ObjectExists: the id is taken.
         """
-        provider = self._provider(provider_name)
+        provider = await _translated(self._opened(provider_name))
         volume_id = request.id or self._new_id()
         if "/" in volume_id or "@" in volume_id or volume_id.startswith((".", "-")):
             raise ValidationError("id", "must be a plain name")
@@ -106,7 +115,7 @@ class VolumeBook:
         if volume is None:
             raise VolumeGone(f"volume {volume_id} does not exist")
         async with self._lock(volume_id):
-            return await self._provider(volume.provider).mount(volume.place)
+            return await (await self._opened(volume.provider)).mount(volume.place)
 
     async def destroy(self, volume_id: str) -> None:
         """Destroy a volume and its data. Raises `NotFound`, or `Conflict` while a job or a snapshot needs it."""
@@ -114,7 +123,8 @@ class VolumeBook:
             raise Conflict(f"volume {volume_id} is in use by a job")
         async with self._lock(volume_id):
             volume = self._kept(volume_id)
-            await _translated(self._provider(volume.provider).destroy(volume.place))
+            provider = await _translated(self._opened(volume.provider))
+            await _translated(provider.destroy(volume.place))
             await self._store.commit(state.forget_volume(volume_id), durable=True)
             self._volumes.pop(volume_id, None)
             self.events.send(VolumeEvent(type="destroy", volume=volume.info))

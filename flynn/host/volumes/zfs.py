@@ -100,8 +100,8 @@ class ZfsProvider:
         if await asyncio.to_thread(_mounted, path):
             return path
         if fuse.needed():
-            await fuse.ensure_daemon()
             await asyncio.to_thread(fuse.unmount_dead)
+        await self.open()
         await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
         mounted, wanted = (await run("zfs", "get", "-H", "-o", "value", "mounted,mountpoint", place)).split("\n")[:2]
         if wanted != str(path):

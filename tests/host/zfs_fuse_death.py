@@ -1,0 +1,55 @@
+"""Run by `unshare --mount`: a machine of its own as far as zfs-fuse can see, whose zfs-fuse is killed.
+
+Prints the content of a file that was synced before the death and read after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from flynn.host.volumes import fuse, zfs
+from flynn.host.volumes.zfs import ZfsProvider
+
+POOL = f"fhtdeath{os.getpid()}"
+
+
+def daemon() -> int:
+    """The zfs-fuse of this mount namespace."""
+    own = Path("/proc/self/ns/mnt").readlink()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "comm").read_text() == "zfs-fuse\n" and (process / "ns/mnt").readlink() == own:
+                return int(process.name)
+        except OSError:
+            continue
+    raise RuntimeError("there is no zfs-fuse")
+
+
+async def main(directory: Path) -> None:
+    for place in ("/run/zfs", "/var/lib/zfs", "/var/lock/zfs"):
+        Path(place).mkdir(parents=True, exist_ok=True)
+        subprocess.check_call(["mount", "-t", "tmpfs", "zfs", place])
+    fuse.LOCK, fuse.OUTPUT = directory / "lock", directory / "output"
+    provider = ZfsProvider(POOL, directory)
+    try:
+        await provider.open()
+        place = await provider.create("v1")
+        path = await provider.mount(place)
+        file = os.open(path / "file", os.O_WRONLY | os.O_CREAT)
+        os.write(file, b"kept")
+        os.fsync(file)
+        os.kill(daemon(), signal.SIGKILL)
+        await asyncio.sleep(0.3)
+        assert fuse.is_dead(str(path))
+        print((await provider.mount(place) / "file").read_text())
+    finally:
+        await zfs.destroy_pool(POOL)
+        os.kill(daemon(), signal.SIGTERM)
+
+
+asyncio.run(main(Path(sys.argv[1])))
