@@ -34,7 +34,7 @@ class Credentials:
     key: bytes
 
     def write(self, directory: Path, *, uid: int = -1, gid: int = -1) -> None:
-        """Put the three files in `directory` (created 0700), each complete or absent; the key is readable by its owner."""
+        """Put the three files in `directory` (created 0700), each complete or absent; the key is the owner's alone."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, content, mode in (
             ("ca.pem", self.ca, 0o644),
