@@ -30,10 +30,13 @@ def daemon() -> int:
     raise RuntimeError("there is no zfs-fuse")
 
 
-async def main(directory: Path) -> None:
+def hide_the_real_one() -> None:
     for place in ("/run/zfs", "/var/lib/zfs", "/var/lock/zfs"):
         Path(place).mkdir(parents=True, exist_ok=True)
         subprocess.check_call(["mount", "-t", "tmpfs", "zfs", place])
+
+
+async def main(directory: Path) -> None:
     fuse.LOCK, fuse.OUTPUT = directory / "lock", directory / "output"
     provider = ZfsProvider(POOL, directory)
     try:
@@ -52,4 +55,5 @@ async def main(directory: Path) -> None:
         os.kill(daemon(), signal.SIGTERM)
 
 
+hide_the_real_one()
 asyncio.run(main(Path(sys.argv[1])))
