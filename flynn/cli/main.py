@@ -103,9 +103,10 @@ def explain(error: BaseException) -> str:
 
     if isinstance(error, Unreachable):
         return error.message
-    if isinstance(error, NotFound) and error.message in ("", NotFound.status.phrase):
-        return "controller: resource not found"
-    if isinstance(error, Unauthorized) and error.message == Unauthorized.status.phrase:
+    # The controller refuses these two without a word of its own.
+    if isinstance(error, NotFound) and error.message == "resource not found":
+        return f"controller: {error.message}"
+    if isinstance(error, Unauthorized) and error.message == f"unexpected status {int(error.status)}":
         return "unauthorized: the cluster does not accept this key"
     if isinstance(error, ApiError):
         return str(error)

@@ -106,9 +106,8 @@ async def delete(context: Context, yes: bool, remote: str) -> None:
         gone = await controller.delete_app(app)
     if remote and cluster.git_url and git.remote_url(remote) == git.url_of(cluster, app):
         git.remove_remote(remote)
-    routes, releases, resources = map(
-        len, (gone.deleted_routes or [], gone.deleted_releases or [], gone.deleted_resources or [])
-    )
+    routes, releases = len(gone.deleted_routes or []), len(gone.deleted_releases or [])
+    resources = len(gone.deleted_resources or [])
     say(f"Deleted {app} (removed {routes} routes, deleted {releases} releases, deprovisioned {resources} resources)")
 
 
