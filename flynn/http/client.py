@@ -23,7 +23,7 @@ import aiohttp
 from yarl import URL
 
 from flynn.aio.backoff import Backoff, attempts
-from flynn.http.connection import RawConnection
+from flynn.http.connection import RawConnection, open_raw
 from flynn.http.sse import FrameDecoder
 from flynn.identity.identity import Identity
 from flynn.types.codec import decode, encode
@@ -307,9 +307,7 @@ class HttpClient:
         name = self._name or split.hostname if context else None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                reader, writer = await asyncio.open_connection(
-                    split.hostname, port, ssl=context, server_hostname=name, limit=256 * 1024
-                )
+                reader, writer = await open_raw(split.hostname or "", port, ssl=context, server_hostname=name)
         except (OSError, TimeoutError) as error:
             raise _NotConnected(f"{self.base_url}: {_reason(error)}") from error
         if isinstance(self._tls, Pinned) and context is not None:

@@ -3,6 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import ssl as tls
+
+BUFFER_BYTES = 256 * 1024
+LINGER_SECONDS = 2.0
+
+
+class LastWordsReader(asyncio.StreamReader):
+    """A reader that gives out what has arrived before it reports that the connection was reset.
+
+    A peer that closes while we still send to it (the end of standard input, say) resets the connection; what it said
+    before is valid all the same, and the plain StreamReader would throw it away.
+    """
+
+    def set_exception(self, exc: BaseException) -> None:
+        self.feed_eof()
+
+
+async def open_raw(
+    host: str, port: int, *, ssl: tls.SSLContext | None, server_hostname: str | None
+) -> tuple[LastWordsReader, asyncio.StreamWriter]:
+    """Like `asyncio.open_connection`, with a reader that survives a reset."""
+    loop = asyncio.get_running_loop()
+    reader = LastWordsReader(limit=BUFFER_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=ssl, server_hostname=server_hostname)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 class RawConnection:
@@ -55,6 +81,25 @@ class RawConnection:
     async def __aexit__(self, *exc: object) -> None:
         self.close()
         await self.wait_closed()
+
+
+class ServedConnection(RawConnection):
+    """The server's end. When it is left, the client closes first.
+
+    Closing while the client still sends (the end of its standard input, say) would reset the connection, and what the
+    client has not read yet would be lost with it. So the rest of its input is read and dropped, for a bounded time.
+    """
+
+    async def __aexit__(self, *exc: object) -> None:
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self.drain()
+                self.write_eof()
+                while await self.read():
+                    pass
+        except (ConnectionError, TimeoutError):
+            pass
+        await super().__aexit__(*exc)
 
 
 async def splice(one: RawConnection, other: RawConnection) -> None:

@@ -28,7 +28,7 @@ from aiohttp.typedefs import Handler as AiohttpHandler
 from aiohttp.typedefs import Middleware
 
 from flynn.http import sse
-from flynn.http.connection import RawConnection
+from flynn.http.connection import BUFFER_BYTES, LastWordsReader, RawConnection, ServedConnection
 from flynn.identity.access import ANYONE, INSIDERS, Access
 from flynn.identity.identity import Identity
 from flynn.identity.peer import Peer, PeerKind, peer_of
@@ -179,7 +179,7 @@ class Request:
         if transport is None:
             raise ConnectionError("the client is gone")
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=256 * 1024, loop=loop)
+        reader = LastWordsReader(limit=BUFFER_BYTES, loop=loop)
         takeover = asyncio.StreamReaderProtocol(reader, loop=loop)
         takeover.connection_made(transport)
         transport.set_protocol(takeover)
@@ -190,7 +190,7 @@ class Request:
         transport.write(
             f"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n".encode()
         )
-        return RawConnection(reader, asyncio.StreamWriter(transport, takeover, reader, loop))
+        return ServedConnection(reader, asyncio.StreamWriter(transport, takeover, reader, loop))
 
 
 Handler = Callable[[Request], Awaitable[Any]]
