@@ -126,6 +126,13 @@ class PostgresServer:
         subprocess.run(self._command(*command), check=check, capture_output=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the server is among the tests with real neighbours."""
+    for item in items:
+        if "postgres_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     directory = Path(tempfile.mkdtemp(prefix="flynn-test-pg-"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import uuid4
 
@@ -21,23 +22,27 @@ from flynn.controller.wire import AppUpdate
 from flynn.controller.worker.loop import Worker
 from flynn.controller.worker.procedures import procedures
 from flynn.discoverd.memory import MemoryRegistry
+from flynn.http.server import Api, Request, listen
+from flynn.identity import ANYONE
 from flynn.types.app import App
+from flynn.types.artifact import Artifact
 from flynn.types.codec import convert
-from flynn.types.errors import NotFound, ValidationError
+from flynn.types.errors import NotFound, UnknownError, ValidationError
 from flynn.types.event import EventType
 from flynn.types.formation import Formation, ScaleRequest
 from flynn.types.job import Job
+from flynn.types.provider import Provider, ResourceReq
 from flynn.types.release import Release
 
-from .conftest import Shop, World, a_release
+from .conftest import MANIFEST, Shop, World, a_release
 
 
 @asynccontextmanager
-async def working(conninfo: str) -> AsyncIterator[Stores]:
+async def working(conninfo: str, blobstore: str = "http://127.0.0.1:1") -> AsyncIterator[Stores]:
     """One worker process, but for the process."""
     async with Database(conninfo).connected() as database:
         stores = Stores.over(database)
-        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None))
+        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None), blobstore=blobstore)
         async with TaskSet() as tasks, supervisor() as spawn:
             spawn("follow events", stores.hub.run())
             await stores.hub.started()
@@ -262,17 +267,96 @@ async def test_an_unknown_strategy_fails_with_its_name(
     assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
 
 
+@dataclass
+class FakeBackends:
+    """A blobstore and a provider in one, remembering what they were asked to delete."""
+
+    url: str = ""
+    deleted: list[str] = field(default_factory=list)
+    broken: bool = False
+
+    async def provision(self, request: Request) -> dict[str, object]:
+        return {"id": f"db{len(self.deleted)}", "env": {}}
+
+    async def delete(self, request: Request) -> None:
+        if self.broken:
+            raise UnknownError("the disk is on fire")
+        self.deleted.append(request.raw_path + (f"?{request.query_string}" if request.query_string else ""))
+        if request.raw_path.endswith("-cache.tgz"):
+            raise NotFound("no cache was ever written")
+
+
+@pytest.fixture
+async def backends() -> AsyncIterator[FakeBackends]:
+    backends = FakeBackends()
+    api = Api("backends")
+    api.route("POST", "/databases", backends.provision, allow=ANYONE)
+    api.route("DELETE", "/{path:.*}", backends.delete, allow=ANYONE)
+    async with listen(api, "127.0.0.1", 0) as (host, port):
+        backends.url = f"http://{host}:{port}"
+        yield backends
+
+
 async def test_deleting_an_app_takes_everything_with_it(
-    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler, backends: FakeBackends
 ) -> None:
-    async with working(conninfo) as stores:
-        # The blobstore is not there in this test, so what it keeps for the app cannot be deleted.
-        with pytest.raises(DeletionFailed, match="blobstore"):
-            await controller.delete_app("shop", timeout=timedelta(seconds=20))
-        await stores.database.execute("DELETE FROM que_jobs")
-    assert await controller.app_routes("shop") == []
-    assert await controller.app_releases("shop") == []
+    await controller.create_provider(Provider(name="db", url=f"{backends.url}/databases"))
+    own = await controller.provision_resource("db", ResourceReq(apps=["shop"]))
+    await controller.create_app(App(name="other"))
+    backends.deleted.append("")
+    shared = await controller.provision_resource("db", ResourceReq(apps=["shop", "other"]))
+    slug = await controller.create_artifact(
+        Artifact(
+            type="flynn",
+            uri=f"{backends.url}/slug.json",
+            manifest=MANIFEST,
+            meta={"blobstore": "true"},
+            layer_url_template=backends.url + "/layers/{id}.squashfs",
+        )
+    )
+    pushed = await controller.create_release(Release(app_id=shop.app.id, artifacts=[slug.id]))
+    backends.deleted.clear()
+    async with working(conninfo, backends.url), asyncio.timeout(15):
+        gone = await controller.delete_app("shop")
+        while backends.deleted[-1:] != ["/slug.json"] and "/slug.json" not in backends.deleted:
+            await asyncio.sleep(0.02)
+    assert gone.deleted_resources is not None and [resource.id for resource in gone.deleted_resources] == [own.id]
+    assert gone.deleted_releases is not None
+    assert {release.id for release in gone.deleted_releases} == {shop.release.id, running.id, pushed.id}
+    assert gone.deleted_routes is not None and len(gone.deleted_routes) == 1
+    assert sorted(backends.deleted) == sorted(
+        [
+            f"/databases?id={own.external_id}",
+            f"/repos/{shop.app.id}.tar",
+            f"/{shop.app.id}-cache.tgz",
+            "/slug.json",
+            # Its layer stays: the shop's own image, which no release needs but nobody may delete either, has it too.
+        ]
+    )
     assert "old clock=0 web=0" in scheduler.steps, "jobs are stopped by scaling, not by forgetting"
+    with pytest.raises(NotFound):
+        await controller.app("shop")
+    assert [resource.id for resource in await controller.resources()] == [shared.id]
+    assert (await controller.app_resources("other"))[0].apps == [(await controller.app("other")).id]
+    assert (await controller.create_app(App(name="shop"))).id != shop.app.id, "the name is free at once"
+
+
+async def test_a_deletion_that_fails_says_why_and_is_taken_up_again(
+    conninfo: str, controller: Controller, stores: Stores, shop: Shop, running: Release, backends: FakeBackends
+) -> None:
+    backends.broken = True
+    async with working(conninfo, backends.url), asyncio.timeout(15):
+        with pytest.raises(DeletionFailed, match="the disk is on fire"):
+            await controller.delete_app("shop")
+        assert await controller.app_releases("shop") == []
+        backends.broken = False
+        await stores.database.execute("UPDATE que_jobs SET run_at = now()")
+        while True:
+            try:
+                await controller.app("shop")
+                await asyncio.sleep(0.05)
+            except NotFound:
+                break
 
 
 async def test_a_failing_job_is_postponed_and_at_last_left_alone(controller: Controller, stores: Stores) -> None:
@@ -291,10 +375,6 @@ async def test_a_failing_job_is_postponed_and_at_last_left_alone(controller: Con
 async def test_old_pushes_are_collected_after_a_deployment(
     conninfo: str, controller: Controller, world: World, shop: Shop, running: Release
 ) -> None:
-    from flynn.types.artifact import Artifact
-
-    from .conftest import MANIFEST
-
     await controller.set_app_meta("shop", {"gc.max_inactive_slug_releases": "1"})
     ids = []
     for number in range(3):

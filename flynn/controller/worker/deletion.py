@@ -6,6 +6,7 @@ step finds what is left by looking, so an interrupted deletion goes on where it 
 
 from __future__ import annotations
 
+from flynn.blobstore import client as blobstore
 from flynn.controller.database import Transaction
 from flynn.controller.neighbours import Neighbours
 from flynn.controller.provisioning import Provisioner
@@ -25,18 +26,16 @@ from flynn.types.provider import Resource
 from flynn.types.release import Release
 from flynn.types.route import Route
 
-REPOSITORY_URLS = (
-    "https://blobstore.discoverd:80/repos/{app}.tar",
-    "https://blobstore.discoverd:80/{app}-cache.tgz",
-)
+REPOSITORY_FILES = ("/repos/{app}.tar", "/{app}-cache.tgz")
 
 
 class AppDeletionProcedure:
     """The procedure behind queue jobs of class `app_deletion`."""
 
-    def __init__(self, stores: Stores, neighbours: Neighbours) -> None:
+    def __init__(self, stores: Stores, neighbours: Neighbours, *, blobstore: str = blobstore.URL) -> None:
         self._stores = stores
         self._neighbours = neighbours
+        self._blobstore = blobstore
         self._provisioner = Provisioner(neighbours)
 
     async def __call__(self, job: QueuedJob) -> None:
@@ -52,8 +51,8 @@ class AppDeletionProcedure:
             await self._stop(app)
             outcome = replace(outcome, deleted_releases=await self._delete_releases(app) or None)
             outcome = replace(outcome, deleted_resources=await self._delete_resources(app) or None)
-            for url in REPOSITORY_URLS:
-                await delete_file(self._neighbours, url.format(app=app.id))
+            for name in REPOSITORY_FILES:
+                await delete_file(self._neighbours, self._blobstore + name.format(app=app.id))
         except ApiError as error:
             failure = error
         async with self._stores.database.transaction() as transaction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flynn.blobstore import client as blobstore
 from flynn.controller.hosts import Hosts
 from flynn.controller.neighbours import Neighbours
 from flynn.controller.store.queue import JobClass
@@ -14,11 +15,13 @@ from flynn.controller.worker.deployments import DeploymentProcedure
 from flynn.controller.worker.loop import Procedure
 
 
-def procedures(stores: Stores, hosts: Hosts, neighbours: Neighbours) -> Mapping[str, Procedure]:
+def procedures(
+    stores: Stores, hosts: Hosts, neighbours: Neighbours, *, blobstore: str = blobstore.URL
+) -> Mapping[str, Procedure]:
     """Return the procedure of each class of queue job."""
     return {
         JobClass.DEPLOYMENT: DeploymentProcedure(stores, hosts),
-        JobClass.APP_DELETION: AppDeletionProcedure(stores, neighbours),
+        JobClass.APP_DELETION: AppDeletionProcedure(stores, neighbours, blobstore=blobstore),
         JobClass.RELEASE_CLEANUP: FileCleanup(stores, neighbours),
         JobClass.APP_GARBAGE_COLLECTION: GarbageCollection(stores),
     }
