@@ -11,6 +11,7 @@ Two things are less obvious:
   the `raw:` twin of its pool. The twin exists only for pools of our own daemons.
 - A request is routed by looking up `<host><path>/` in a prefix tree (`map_beg`), whose keys are `<domain><path>`. The
   longest prefix is the longest path of the most specific domain, and a change of routes is a change of map entries.
+  Requests that are not written as the map has them, and wildcards, are matched by `route.lua` on the same maps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 
 from flynn.router.paths import CONFIG
 from flynn.router.sticky import cookie_value
@@ -34,8 +36,8 @@ CRT_LIST = "crt-list.txt"
 STICKY_READ = "sticky-read.map"
 STICKY_WRITE = "sticky-write.map"
 RAW_MAP = "raw.map"
+SCRIPT = "route.lua"
 
-WILDCARD_DEPTH = 10  # labels of a host that a wildcard may stand for; each costs a look-up for unknown hosts only
 MAX_PAGE_BYTES = 15_000  # an error page has to fit into one buffer of HAProxy
 
 # Spec 5.2: what the original offers for TLS 1.2. TLS 1.3 brings its own suites.
@@ -43,6 +45,8 @@ CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
     "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
 )
+
+_LUA = resources.files("flynn.router").joinpath(SCRIPT).read_text()
 
 NOT_FOUND = "Not Found\n"
 UNAVAILABLE = b"Service Unavailable\n"
@@ -77,13 +81,14 @@ class Rendered:
     maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # file -> key -> value
     certificates: Mapping[str, str] = field(default_factory=dict, repr=False)  # file -> PEM
     names: Mapping[str, str] = field(default_factory=dict)  # certificate file -> the server name it is shown for
+    script: str = ""
     pages: Mapping[str, bytes] = field(default_factory=dict)  # file -> raw HTTP response
     ca: str = ""
 
     @property
     def generation(self) -> str:
         """Names the skeleton; HAProxy tells it when asked which configuration it runs."""
-        parts = [self.skeleton, self.ca, *(f"{name}{page!r}" for name, page in sorted(self.pages.items()))]
+        parts = [self.skeleton, self.script, self.ca, *(f"{name}{page!r}" for name, page in sorted(self.pages.items()))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def text(self) -> str:
@@ -106,7 +111,7 @@ class Rendered:
         def placed(text: str) -> bytes:
             return text.replace(BASE, base).replace(RUN, run).encode()
 
-        files = {CONFIG: placed(self.text()), CRT_LIST: placed(self.crt_list())}
+        files = {CONFIG: placed(self.text()), CRT_LIST: placed(self.crt_list()), SCRIPT: placed(self.script)}
         for name, entries in self.maps.items():
             files[name] = "".join(f"{key} {value}\n" for key, value in sorted(entries.items())).encode()
         files |= {name: pem.encode() for name, pem in self.certificates.items()}
@@ -152,6 +157,7 @@ def render(state: RoutingState, settings: Settings) -> Rendered:
         },
         certificates=certificates,
         names=names,
+        script=_script(settings),
         pages={"503.http": _page(settings)},
         ca=settings.ca,
     )
@@ -224,6 +230,12 @@ def _certified_first(state: RoutingState) -> list[HttpRoute]:
     return sorted(state.http, key=lambda route: (route.port == 0, route.port, route.domain))
 
 
+def _script(settings: Settings) -> str:
+    """`route.lua`, told which maps there are."""
+    files = ", ".join(f'"{BASE}/{routes_map(port)}"' for port in _http_ports(settings))
+    return _LUA.replace("@MAPS@", files)
+
+
 def _page(settings: Settings) -> bytes:
     page = settings.unavailable_page
     kind = b"text/html" if page else b"text/plain"
@@ -280,6 +292,7 @@ def _global(settings: Settings) -> Iterator[str]:
         f"    ssl-default-bind-ciphers {CIPHERS}",
         "    ssl-default-bind-curves X25519:P-256",
         "    ssl-server-verify required",
+        f"    lua-load-per-thread {BASE}/{SCRIPT}",
         "",
     )
 
@@ -378,20 +391,10 @@ def _http_frontend(port: int, settings: Settings) -> Iterator[str]:
         "    http-request set-header X-Request-Id %[uuid()]"
         " if !{ req.fhdr(X-Request-Id) -m reg ^[A-Za-z0-9+/=-]{20,200}$ }",
         f"    http-request set-var(txn.id) req.fhdr(X-Request-Id) if !{busy}",
-        # Which pool: exact domain, then wildcards from the longest, then the catch-all.
-        f"    http-request set-var(txn.path) path,bytes(0,{_LONGEST_KEY}),url_dec",
-        "    http-request set-var(txn.path) var(txn.path),regsub(/+,/,g) if { var(txn.path) -m sub // }",
-        f"    http-request set-var(txn.pool) var(txn.host),concat(,txn.path,/),map_beg({routes})",
-        f"    http-request set-var(txn.pool) str(*.),concat(,txn.host),concat(,txn.path,/),map_beg({routes})"
-        f" if !{found}",
+        # Which pool. Most requests are written just as the map has them; the script finds the others.
+        f"    http-request set-var(txn.pool) base,concat(,,/),map_beg({routes}) if !{{ path -m sub // % }}",
+        f"    http-request lua.flynn_route {_http_ports(settings).index(port) + 1} if !{found}",
     )
-    for label in range(2, WILDCARD_DEPTH + 2):
-        yield f"    http-request set-var(txn.suffix) var(txn.host),field({label},.,0) if !{found}"
-        yield (
-            f"    http-request set-var(txn.pool) str(*.),concat(,txn.suffix),concat(,txn.path,/),map_beg({routes})"
-            f" if !{found}"
-        )
-    yield f"    http-request set-var(txn.pool) str(*),concat(,txn.path,/),map_beg({routes}) if !{found}"
     yield (
         f'    http-request return status 404 content-type "text/plain; charset=utf-8" string "{NOT_FOUND.strip()}\\n"'
         f" if !{found}"

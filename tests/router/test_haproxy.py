@@ -52,6 +52,21 @@ async def test_requests_go_where_the_table_says(router: Router, backend: Make) -
         assert (reply.status, reply.body.decode()) == (200, expected.pool.service if expected else ""), (host, path)
 
 
+async def test_a_new_domain_of_a_known_service_needs_no_reload(router: Router, backend: Make) -> None:
+    router.routes = [http("a.test", "web")]
+    await router.serve("web", await backend("one"))
+    router.routes += [http("b.test", "web"), http("*.c.test", "web")]
+    await router.apply()
+    for host, status in {"b.test": 200, "x.y.c.test": 200, "c.test": 200, "d.test": 404}.items():
+        for _ in range(8):  # on each of its threads
+            assert (await router.ask(host)).status == status, host
+    router.routes = router.routes[:1]
+    await router.apply()
+    for host in ("b.test", "x.y.c.test"):
+        assert (await router.ask(host)).status == 404
+    assert router.haproxy.reloads == 1
+
+
 async def test_an_additional_port_has_routes_of_its_own(router: Router, backend: Make) -> None:
     port = router.settings.additional_http_ports[0]
     router.routes = [http("a.test", "main"), http("a.test", "extra", port=port)]
