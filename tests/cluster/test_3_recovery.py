@@ -72,6 +72,8 @@ def test_flynn_host_is_killed_and_no_job_notices(user: User, operator: Operator,
 
 
 def test_a_power_cut_of_the_node(user: User, operator: Operator, shop: Path) -> None:
+    if "DATABASE_URL" not in user.flynn("-a", "shop", "env"):
+        user.flynn("-a", "shop", "resource", "add", "postgres")
     user.flynn(
         "-a", "shop", "pg", "psql", "--", "-c", "CREATE TABLE IF NOT EXISTS kept (v int); INSERT INTO kept VALUES (41)"
     )
