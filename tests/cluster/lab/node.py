@@ -19,12 +19,17 @@ BIN = Path(sys.executable).parent
 ZFS_FUSE = "/usr/sbin/zfs-fuse"
 
 
+def is_mounted(path: Path) -> bool:
+    """`os.path.ismount` does not see a directory bound to itself: device and parent's device are the same."""
+    return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
 def share_base() -> None:
-    """Make the nodes' directory a mount of its own."""
+    """Make the nodes' directory a mount of its own, whose mounts nobody else sees."""
     BASE.mkdir(parents=True, exist_ok=True)
-    if not os.path.ismount(BASE):
+    if not is_mounted(BASE):
         run("mount", "--bind", str(BASE), str(BASE))
-    run("mount", "--make-shared", str(BASE))
+    run("mount", "--make-private", str(BASE))
 
 
 def share_volumes(node: Node) -> None:
@@ -33,7 +38,7 @@ def share_volumes(node: Node) -> None:
     A peer group of their own: nothing else a node mounts is seen outside, so that it vanishes with the node.
     """
     node.volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not os.path.ismount(node.volumes):
+    if not is_mounted(node.volumes):
         run("mount", "--rbind", str(node.volumes), str(node.volumes))
         run("mount", "--make-private", str(node.volumes))
     run("mount", "--make-shared", str(node.volumes))
@@ -206,6 +211,6 @@ def _remove_cgroup(directory: Path) -> None:
 
 
 def unshare_base() -> None:
-    if os.path.ismount(BASE):
-        run("umount", "--lazy", str(BASE), check=False)
+    while is_mounted(BASE):
+        run("umount", "--lazy", str(BASE))
     shutil.rmtree(BASE, ignore_errors=True)
