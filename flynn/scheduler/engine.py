@@ -285,12 +285,17 @@ class Engine:
             self._suspect(id)
 
     def _suspect(self, id: HostID) -> None:
+        """Begin to probe a host; while it is under suspicion already, the probes go on at their own pace."""
         host = self.world.hosts.get(id)
-        if host is None or id in self._checking:
+        if host is None or not host.healthy:
             return
         self.world.hosts[id] = replace(host, healthy=False)
-        self._checking.add(id)
-        self._out.append(CheckHost(id))
+        self._check(id)
+
+    def _check(self, id: HostID) -> None:
+        if id not in self._checking:
+            self._checking.add(id)
+            self._out.append(CheckHost(id))
 
     def _host_checked(self, id: HostID, alive: bool, now: datetime) -> None:
         self._checking.discard(id)
@@ -766,7 +771,7 @@ class Engine:
                 case "check":
                     host = self.world.hosts.get(HostID(id))
                     if host is not None and not host.healthy:
-                        self._suspect(host.id)
+                        self._check(host.id)
                 case "successor missing":
                     self._dirty.update(dict.fromkeys(key for key, _ in self._resurrecting))
                     left = {which: [u for u in until if u > now] for which, until in self._resurrecting.items()}

@@ -273,7 +273,7 @@ class SchedulerLoop:
                 async with asyncio.timeout(PROBE_LIMIT.total_seconds()):
                     alive = (await api.status()).id == host
             except (ApiError, TimeoutError) as error:
-                log.info("host does not answer", extra={"host": host, "error": error})
+                log.debug("host does not answer", extra={"host": host, "error": error})
         await self.tell(HostChecked(host, alive))
 
     # Listings

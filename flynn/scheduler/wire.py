@@ -59,8 +59,8 @@ def report(host: HostID, active: ActiveJob) -> JobReport | None:
     """None for jobs that no app owns."""
     meta = active.job.metadata
     parts = jobspec.split_job_id(active.job.id)
-    if parts is None or META_APP not in meta or META_RELEASE not in meta:
-        return None
+    if parts is None or not meta.get(META_APP) or not meta.get(META_RELEASE):
+        return None  # the build of an app's first release has none either
     return JobReport(
         host=host,
         id=JobID(parts[1]),

@@ -23,6 +23,18 @@ NODE = HostID("node1")
 START = datetime(2024, 5, 1, tzinfo=UTC)
 
 
+def test_however_often_a_host_is_suspected_it_is_probed_at_one_pace() -> None:
+    engine = Engine(Random(1), lambda: "u1")
+    engine.step([HostSeen(NODE, {})], START)
+    now, probes = START, 0
+    while now < START + 10 * CHECK_EVERY:
+        for event in (ListingFailed(NODE), HostGone(NODE) if probes > 8 else Tick()):
+            probes += engine.step([event], now).count(CheckHost(NODE))
+        engine.step([HostChecked(NODE, False)], now)
+        now += timedelta(milliseconds=50)
+    assert probes <= 11
+
+
 def failing_checks(engine: Engine, limit: int) -> int:
     """Let probes fail until the host is given up; how many it took (at most `limit`)."""
     now = START
