@@ -447,6 +447,10 @@ class _translated:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # The library's own text shows the TLS settings as an object.
+        cause = error.os_error.strerror or str(error.os_error) or type(error.os_error).__name__
+        return f"cannot connect to {error.host}:{error.port}: {cause}"
     return str(error) or type(error).__name__
 
 
