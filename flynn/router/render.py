@@ -399,6 +399,10 @@ def _http_frontend(port: int, settings: Settings) -> Iterator[str]:
         f'    http-request return status 404 content-type "text/plain; charset=utf-8" string "{NOT_FOUND.strip()}\\n"'
         f" if !{found}"
     )
+    # Here `Connection` is left only if it names more than "close" or "keep-alive".
+    yield (
+        "    http-request lua.flynn_hop_by_hop if { req.fhdr_cnt(connection) gt 0 } !{ req.hdr(connection) -i upgrade }"
+    )
     # What the backend is told. One line of a forwarding header is extended; several are added to.
     for header, value in (
         ("X-Forwarded-For", "%[src]"),

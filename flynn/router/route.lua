@@ -1,7 +1,11 @@
--- Finds the pool of a request that the plain look-up of `<host><path>/` did not: wildcards, the catch-all, and hosts
+-- What HAProxy's own rules cannot say. Runs for few requests only.
+--
+-- `flynn_route` finds the pool of a request that the plain look-up of `<host><path>/` did not: wildcards, the catch-all, and hosts
 -- and paths that are not written the way the map has them. The rules are those of `table.match`.
 --
--- There is one map per port class; the action `flynn_route` takes the number of one.
+-- There is one map per port class; the action takes the number of one.
+--
+-- `flynn_hop_by_hop` removes the headers that a `Connection` header names, and that header (RFC 9110, 7.6.1).
 
 local LONGEST = 4000 -- characters of a path that can matter
 
@@ -34,3 +38,18 @@ core.register_action("flynn_route", {"http-req"}, function(txn, number)
         txn:set_var("txn.pool", pool)
     end
 end, 1)
+
+-- A client must not take away what frames or addresses the request.
+local essential = {host = true, ["content-length"] = true, ["transfer-encoding"] = true}
+
+core.register_action("flynn_hop_by_hop", {"http-req"}, function(txn)
+    local lines = txn.http:req_get_headers()["connection"] or {}
+    for _, line in pairs(lines) do
+        for name in line:lower():gmatch("[^%s,]+") do
+            if not essential[name] then
+                txn.http:req_del_header(name)
+            end
+        end
+    end
+    txn.http:req_del_header("connection")
+end)

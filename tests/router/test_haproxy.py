@@ -140,6 +140,30 @@ async def test_request_ids_of_clients_are_kept_when_sane(router: Router, backend
     assert (one.heads[-1].headers["x-request-id"] == given) is kept
 
 
+@pytest.mark.parametrize(
+    ("connection", "removed"),
+    [
+        ("", set()),
+        ("Connection: keep-alive\r\n", set()),
+        ("Connection: close\r\n", set()),
+        ("Connection: X-Foo\r\n", {"x-foo"}),
+        ("Connection: close, ,X-Foo , host\r\nConnection: x-bar\r\n", {"x-foo", "x-bar"}),
+        ("Connection: upGrade, X-Foo\r\nUpgrade: my-protocol\r\n", set()),
+    ],
+)
+async def test_headers_named_in_connection_end_here(
+    router: Router, backend: Make, connection: str, removed: set[str]
+) -> None:
+    one = await backend("one")
+    router.routes = [http("a.test", "web")]
+    await router.serve("web", one)
+    reply = await router.ask("a.test", headers=f"X-Foo: 1\r\nX-Bar: 2\r\nX-Baz: 3\r\n{connection}")
+    assert reply.status == 200
+    head = one.heads[-1]
+    assert {"x-foo", "x-bar", "x-baz", "host", "x-forwarded-for"} - head.headers.keys() == removed
+    assert ("connection" in head.headers) is ("pgrade" in connection)
+
+
 async def test_an_empty_post_keeps_its_length(router: Router, backend: Make) -> None:
     one = await backend("one")
     router.routes = [http("a.test", "web")]
@@ -496,6 +520,36 @@ async def test_http2(router: Router, backend: Make) -> None:
     output, _ = await process.communicate()
     assert output.decode() == "one|2|200|one|2|200|"
     assert one.heads[-1].headers["x-forwarded-proto"] == "https"
+
+
+async def test_the_proxy_protocol_tells_the_client(router: Router, backend: Make) -> None:
+    one = await backend("one")
+    router.settings = dataclasses.replace(router.settings, proxy_protocol=True)
+    router.routes = [http("a.test", "web")]
+    await router.serve("web", one)
+    for line, served in ((b"PROXY TCP4 192.0.2.77 192.0.2.1 4711 80\r\n", True), (b"PROXY TCP4 nonsense\r\n", False)):
+        for port, tls in ((router.settings.http_port, None), (router.settings.https_port, client_context())):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(line)
+            if tls is not None and served:
+                await writer.start_tls(tls, server_hostname="a.test")
+            writer.write(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            if served:
+                assert (await Reply.read(reader)).status == 200
+                assert one.heads[-1].headers["x-forwarded-for"] == "192.0.2.77"
+            else:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read(-1) == b""
+            writer.close()
+
+
+async def test_the_operators_own_page_for_503(router: Router) -> None:
+    router.settings = dataclasses.replace(router.settings, unavailable_page=b"<h1>Back soon</h1>")
+    router.routes = [http("a.test", "web")]
+    await router.apply()
+    reply = await router.ask("a.test")
+    assert (reply.status, reply.body) == (503, b"<h1>Back soon</h1>")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
 
 
 # Mistakes
