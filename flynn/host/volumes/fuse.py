@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 DAEMON = "/usr/sbin/zfs-fuse"
 LOCK = Path("/run/flynn-zfs-fuse.lock")
 OUTPUT = Path("/var/log/zfs-fuse.log")
+DIRECTORIES = ("/run/zfs", "/var/lock/zfs", "/var/lib/zfs")  # where it keeps socket, lock and pool cache; some on tmpfs
 CACHE_MEGABYTES = 64  # of the ARC; the kernel's page cache holds the data a second time anyway
 START_SECONDS = 15.0
 
@@ -66,6 +67,8 @@ def _start() -> subprocess.Popen[bytes]:
 
     In the foreground (`-n`), because daemonising hides why it fails; without /zfs-kstat, which nobody reads.
     """
+    for directory in DIRECTORIES:
+        Path(directory).mkdir(parents=True, exist_ok=True)
     argv = [DAEMON, "-n", "--no-kstat-mount", "--max-arc-size", str(CACHE_MEGABYTES), "--zfs-prefetch-disable"]
     with OUTPUT.open("ab") as output:
         process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -11,12 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flynn.host.volumes import fuse
 from tests.cluster.lab import network
 from tests.cluster.lab.layout import BASE, Node
 from tests.cluster.lab.network import run
 
 BIN = Path(sys.executable).parent
-ZFS_FUSE = "/usr/sbin/zfs-fuse"
 
 
 def is_mounted(path: Path) -> bool:
@@ -46,18 +47,8 @@ def share_volumes(node: Node) -> None:
 
 def start_zfs() -> None:
     """ZFS belongs to the machine, as a kernel module would; with zfs-fuse it is one daemon for all nodes."""
-    if Path("/dev/zfs").exists() or not Path(ZFS_FUSE).exists():
-        return
-    answered = subprocess.run(["zpool", "list", "-H"], capture_output=True, timeout=30)
-    if answered.returncode == 0:
-        return
-    Path("/var/run/zfs").mkdir(parents=True, exist_ok=True)
-    run(ZFS_FUSE, "--pidfile", "/var/run/zfs/zfs-fuse.pid")
-    deadline = time.monotonic() + 20
-    while subprocess.run(["zpool", "list", "-H"], capture_output=True, timeout=30).returncode != 0:
-        if time.monotonic() > deadline:
-            raise RuntimeError("zfs-fuse does not answer")
-        time.sleep(0.2)
+    if fuse.needed():
+        asyncio.run(fuse.ensure_daemon())
 
 
 def lay_out(node: Node, domain: str) -> None:
