@@ -441,6 +441,8 @@ def _backend(pool: Pool) -> Iterator[str]:
     yield f"backend {key.name} from {key.kind}_backend"
     if pool.platform:
         yield "    timeout connect 5s"  # covers the TLS handshake with a Python daemon
+        # Meant for parts of the platform; our certificate would make everybody one.
+        yield "    http-request return status 404 if { path,url_dec -m str /metrics }"
     if key.close:
         yield "    option http-server-close"
     if key.sticky:

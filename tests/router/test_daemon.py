@@ -343,6 +343,7 @@ async def test_an_attach_reaches_the_controller_with_its_body(cluster: Cluster, 
     await cluster.discoverd.register("controller", daemon.instance)
     await cluster.start()
     assert (await cluster.serves("controller.test", 200)).body == b"ok"
+    assert (await cluster.get("controller.test", "/%6detrics")).status == 404  # for insiders, which the router would be
 
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname = False
