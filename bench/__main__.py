@@ -8,7 +8,7 @@ import traceback
 
 from bench.rows import OUTPUT, Row, table, write
 
-MODULES = ("job_start", "router", "platform")
+MODULES = ("job_start", "router", "scheduler", "platform")
 """Each has `rows() -> list[Row]`. The last one measures a development cluster, and boots one if none is up."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -449,8 +450,10 @@ def _reason(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):
         # The library's own text shows the TLS settings as an object.
-        cause = error.os_error.strerror or str(error.os_error) or type(error.os_error).__name__
-        return f"cannot connect to {error.host}:{error.port}: {cause}"
+        cause = error.os_error
+        known = cause.errno is not None and cause.errno > 0  # name look-ups have negative ones
+        text = os.strerror(cause.errno) if known and cause.errno else cause.strerror or str(cause)
+        return f"cannot connect to {error.host}:{error.port}: {text}"
     return str(error) or type(error).__name__
 
 
