@@ -13,7 +13,7 @@ import pytest
 from flynn.host.client import HostClient
 from flynn.types.host import Mountspec
 
-from .machine import TestMachine
+from .machine import TestMachine, sweep
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +43,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Mountspec:
 @pytest.fixture(scope="module")
 def machine(image: Mountspec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestMachine]:
     """A node whose daemon runs."""
+    sweep()
     node = TestMachine(tmp_path_factory.mktemp("node"), image, number=1)
     try:
         node.plug_in()

@@ -69,6 +69,7 @@ class TestMachine:
         with self.console.open("ab") as console:
             self.process = subprocess.Popen(
                 [
+                    "setpriv", "--pdeathsig", "KILL", "--",
                     "nsenter", f"--net=/run/netns/{self.name}", str(BIN / "flynn-host"), "daemon",
                     "--log-dir", str(self.directory / "log"), "--vol-provider", self.provider,
                     "--zpool-name", self.name, "--cgroup-root", self.name, "--bridge-name", self.name[:15], *flags,
@@ -137,6 +138,23 @@ class TestMachine:
         """Be flannel and discoverd."""
         await host.configure_network(NetworkConfig(subnet="100.102.7.1/24", mtu=1400, network="100.102.0.0/16"))
         await host.configure_discoverd(DiscoverdConfig(url=f"{self.ip}:1111", dns="100.102.7.1:53"))
+
+
+def sweep() -> None:
+    """Take away what test runs have left that were killed: namespaces, processes in them, cgroups, pools."""
+    for namespace in Path("/run/netns").glob("fht*x*"):
+        owner = namespace.name.removeprefix("fht").partition("x")[0]
+        if not owner.isdigit() or Path(f"/proc/{owner}").exists():
+            continue
+        listed = subprocess.run(["ip", "netns", "pids", namespace.name], capture_output=True, text=True, check=False)
+        procs = [path.read_text() for path in Path("/sys/fs/cgroup").glob(f"*/{namespace.name}/*/*/cgroup.procs")]
+        for pid in {*listed.stdout.split(), *" ".join(procs).split()}:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        subprocess.run(["zpool", "destroy", "-f", namespace.name], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", namespace.name], check=False)
 
 
 async def ended(host: HostClient, job_id: str, seconds: float = 20) -> JobStatus:

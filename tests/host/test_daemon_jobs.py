@@ -196,7 +196,7 @@ async def test_end_of_input_reaches_the_job(host: HostClient, image: Mountspec) 
 
 async def test_a_terminal_has_the_size_asked_for_and_is_resized(host: HostClient, image: Mountspec) -> None:
     wanted = job(
-        image, "stty size; trap 'stty size; exit 4' WINCH; while true; do sleep 0.05; done", tty=True, stdin=True
+        image, "trap 'stty size; exit 4' WINCH; stty size; while true; do sleep 0.05; done", tty=True, stdin=True
     )
     request = AttachReq(job_id=wanted.id, flags=ALL, height=24, width=80)
     text = b""
