@@ -129,6 +129,12 @@ class Cluster:
         async with HttpClient(f"https://{self.address}:{self.api_port}", tls=identity, timeout=5) as http:
             yield http
 
+    def child_or_none(self, marker: str) -> int | None:
+        try:
+            return self.child(marker)
+        except LookupError:
+            return None
+
     def child(self, marker: str) -> int:
         """The pid of the launcher's child with this word in its command line."""
         assert self.process is not None
@@ -250,6 +256,27 @@ async def test_traffic_does_not_notice_that_the_daemon_was_killed(cluster: Clust
     assert asked > 3
     assert cluster.child("--control") != killed
     assert cluster.child("haproxy") == worker
+
+
+@pytest.mark.parametrize("victim", ["master", "worker"])
+async def test_haproxy_comes_back_after_being_killed(cluster: Cluster, backend: Make, victim: str) -> None:
+    one = await backend("one")
+    cluster.table.put(route("shop"))
+    await cluster.discoverd.create("shop-web")
+    await cluster.discoverd.register("shop-web", one.instance)
+    await cluster.start()
+    await cluster.serves("shop.test", 200)
+    pid = master = cluster.child("haproxy")
+    if victim == "worker":
+        pid = int(Path(f"/proc/{master}/task/{master}/children").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while master == cluster.child_or_none("haproxy"):
+            await asyncio.sleep(0.05)
+    await cluster.serves("shop.test", 200)
+    # The control daemon goes on with the new one.
+    cluster.table.put(route("late"))
+    await cluster.serves("late.test", 503)
 
 
 async def test_a_restart_serves_without_controller_and_discoverd(cluster: Cluster, backend: Make) -> None:
