@@ -64,6 +64,7 @@ from flynn.scheduler.neighbours import ControllerApi, HostApi, HostDialer, Route
 from flynn.scheduler.outbox import Outbox
 from flynn.types.codec import ZERO_TIME
 from flynn.types.errors import ApiError, Conflict, NotFound
+from flynn.types.host import HostJob
 from flynn.types.instance import EventKind, Instance
 from flynn.types.volume import Volume
 
@@ -192,7 +193,7 @@ class SchedulerLoop:
 
     async def watch_leader(self, own: Instance) -> None:
         """The oldest instance leads; while none is known, things stay as they are."""
-        async with aclosing(_generator(self._registry.watch_leader(SERVICE))) as leaders:
+        async with aclosing(self._registry.watch_leader(SERVICE)) as leaders:
             async for leader in leaders:
                 if leader is not None:
                     await self.tell(LeadershipChanged(leader.id == own.id))
@@ -200,7 +201,7 @@ class SchedulerLoop:
     # Hosts
 
     async def _watch_hosts(self) -> None:
-        async with aclosing(_generator(self._registry.watch(HOST_SERVICE))) as events:
+        async with aclosing(self._registry.watch(HOST_SERVICE)) as events:
             async for event in events:
                 if event.kind is EventKind.CURRENT:
                     self._hosts_current.set()
@@ -371,7 +372,7 @@ class SchedulerLoop:
 
     async def _watch_service(self, service: str) -> None:
         jobs: dict[str, JobID] = {}
-        async with aclosing(_generator(self._registry.watch(service))) as events:
+        async with aclosing(self._registry.watch(service)) as events:
             async for event in events:
                 if event.instance is not None:
                     uuid = _job_of(event.instance.meta)
@@ -385,7 +386,7 @@ class SchedulerLoop:
 
     async def _watch_routers(self) -> None:
         followers: dict[str, asyncio.Task[Any]] = {}
-        async with aclosing(_generator(self._registry.watch(ROUTER_SERVICE))) as events:
+        async with aclosing(self._registry.watch(ROUTER_SERVICE)) as events:
             async for event in events:
                 if event.instance is None:
                     continue
@@ -466,7 +467,7 @@ class SchedulerLoop:
             self._drained.pop(action.job, None)
 
 
-async def _add_job(api: HostApi, job: Any) -> None:
+async def _add_job(api: HostApi, job: HostJob) -> None:
     try:
         await api.add_job(job)
     except Conflict:
@@ -511,8 +512,3 @@ def _job_of(meta: Mapping[str, str]) -> JobID | None:
 
 def _decommissioned(volume: Volume) -> bool:
     return bool(volume.id) and volume.decommissioned_at is not None and volume.decommissioned_at != ZERO_TIME
-
-
-def _generator(iterator: Any) -> Any:
-    """Watches are written as async generators, whose interface only promises iteration; closing needs the whole."""
-    return iterator
