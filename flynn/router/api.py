@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from flynn.http.server import Api, EventStream, Request
+from flynn.http.server import Api, EventStream, Raw, Request
 from flynn.identity.access import INSIDERS
 from flynn.router.client import RouterEvent
 from flynn.router.control import Control
+from flynn.router.metrics import exposition
 from flynn.types.route import Route
 from flynn.types.status import Health, Status
 from flynn.version import VERSION
@@ -52,7 +53,15 @@ def router_api(control: Control) -> Api:
             for (pool, server), stat in sorted((await control.haproxy.stats()).items())
         ]
 
+    async def metrics(request: Request) -> Raw:
+        from prometheus_client import generate_latest  # Costs memory, and most routers are never scraped.
+
+        counted = exposition(await control.haproxy.stats())
+        return Raw(generate_latest() + counted.encode(), "text/plain; version=0.0.4")
+
     api = Api("router", status=status)
+    api.endpoints = [endpoint for endpoint in api.endpoints if endpoint.path != "/metrics"]
+    api.route("GET", "/metrics", metrics, allow=INSIDERS)
     api.route("GET", "/events", events, allow=INSIDERS)
     api.route("GET", "/routes", routes, allow=INSIDERS)
     api.route("GET", "/problems", problems, allow=INSIDERS)

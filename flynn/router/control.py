@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from flynn.aio.supervisor import Spawn, TaskSet
 from flynn.discoverd.registry import Registry
 from flynn.discoverd.view import View
 from flynn.router.client import RouterEvent
-from flynn.router.haproxy import Haproxy, Invalid, ReloadFailed, ServerStat
+from flynn.router.haproxy import Haproxy, Invalid, ReloadFailed
 from flynn.router.pairs import check_pair
-from flynn.router.plan import ServerRef
-from flynn.router.presence import Place, Presence
+from flynn.router.presence import Presence
 from flynn.router.render import Rendered, Settings, render
 from flynn.router.sources import RouteSource
+from flynn.router.stats import in_flight
 from flynn.router.table import (
     Problem,
     RoutingState,
@@ -78,7 +77,6 @@ class Control:
         self.presence = Presence()
         self.state = RoutingState()
         self.failure = ""  # why the latest configuration is not the running one
-        self.stats: Mapping[ServerRef, ServerStat] = {}
         self._settings = settings
         self._source = source
         self._registry = registry
@@ -299,9 +297,8 @@ class Control:
             await asyncio.sleep(REAP_SECONDS)
             try:
                 await self.haproxy.reap()
-                self.stats = await self.haproxy.stats()
             except (OSError, TimeoutError):
-                self.stats = {}
+                continue  # being restarted
 
     def _remember(self, services: Mapping[str, ServiceState]) -> None:
         known = Known(
@@ -333,14 +330,3 @@ def _load(path: Path) -> Known:
 def without_keys(route: Route) -> Route:
     certificate = route.certificate and replace(route.certificate, key="")
     return replace(route, tls_key="", certificate=certificate)
-
-
-def in_flight(stats: Mapping[ServerRef, ServerStat]) -> dict[Place, int]:
-    """Requests and streams per service and address, over all pools of the service."""
-    counted: Counter[Place] = Counter()
-    for (backend, server), stat in stats.items():
-        # `http:shop-web:leader` or `raw:http:controller`
-        service = backend.removeprefix("raw:").split(":")[1:2]
-        if service:
-            counted[service[0], server.removesuffix(".tls")] += stat.in_flight
-    return dict(counted)

@@ -8,19 +8,18 @@ first, with a `dirty` mark that lasts until HAProxy has taken it: a daemon that 
 from __future__ import annotations
 
 import asyncio
-import csv
-import io
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from flynn.router.paths import CONFIG, Paths
 from flynn.router.plan import Change, Reload, RetireServer, ServerRef, accepted, commands, plan
 from flynn.router.render import BASE, RUN, Rendered
+from flynn.router.stats import ServerStat, parse
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +37,6 @@ class Invalid(Exception):
 
 class ReloadFailed(Exception):
     """The configuration is valid, but no worker came up with it. What ran before still runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStat:
-    in_flight: int
-    maintenance: bool
-    requests: int
-    errors: int  # responses of the 5xx class, and failed connections
 
 
 class Haproxy:
@@ -173,15 +164,12 @@ class Haproxy:
 
     async def stats(self) -> dict[ServerRef, ServerStat]:
         """All servers of the current worker, with what replaced workers still have in flight on them."""
-        found = _parse_stats(await self.tell("show stat -1 4 -1"))
+        found = parse(await self.tell("show stat -1 4 -1"))
         for worker in await self._old_workers():
             with suppress(OSError, TimeoutError):
-                for ref, stat in _parse_stats(
-                    await self._ask(self.paths.master, f"@!{worker} show stat -1 4 -1")
-                ).items():
-                    known = found.get(ref, ServerStat(0, True, 0, 0))
-                    total = known.in_flight + stat.in_flight
-                    found[ref] = ServerStat(total, known.maintenance, known.requests, known.errors)
+                for ref, old in parse(await self._ask(self.paths.master, f"@!{worker} show stat -1 4 -1")).items():
+                    known = found.get(ref, ServerStat(maintenance=True))
+                    found[ref] = replace(known, in_flight=known.in_flight + old.in_flight)
         return found
 
     async def reap(self) -> None:
@@ -253,18 +241,3 @@ class Haproxy:
         for path in self.paths.live.iterdir():
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
-
-
-def _parse_stats(text: str) -> dict[ServerRef, ServerStat]:
-    found: dict[ServerRef, ServerStat] = {}
-    for row in csv.DictReader(io.StringIO(text.removeprefix("# "))):
-        if row.get("svname") in (None, "", "FRONTEND", "BACKEND"):
-            continue
-        ref = (row["pxname"], row["svname"])
-        found[ref] = ServerStat(
-            in_flight=int(row["scur"] or 0),
-            maintenance=(row["status"] or "").startswith("MAINT"),
-            requests=int(row["stot"] or 0),
-            errors=int(row["hrsp_5xx"] or 0) + int(row["econ"] or 0),
-        )
-    return found

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flynn.router.client import BackendInfo, RouterEvent, RouterEventKind
+from flynn.router.stats import Place
 from flynn.types.instance import Instance
 from flynn.types.route import Route
-
-Place = tuple[str, str]
-"""Service and address."""
 
 
 @dataclass(slots=True)

@@ -226,6 +226,8 @@ async def test_the_life_of_a_route(cluster: Cluster, backend: Make) -> None:
             await cluster.discoverd.deregister("shop-web", one.instance.id)
             assert [(await anext(events)).event for _ in "12"] == ["backend-down", "backend-drained"]
             assert (await cluster.get("shop.test")).body == b"two"
+            metrics = await http.call("GET", "/metrics", answer=bytes)
+            assert metrics is not None and b'flynn_router_responses_total{service="shop-web",class="2xx"}' in metrics
 
             cluster.table.remove("shop")
             assert {(await anext(events)).event for _ in "12"} == {"remove", "backend-down"}
