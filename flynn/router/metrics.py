@@ -6,10 +6,18 @@ They begin anew with every reload; whoever collects them knows how to treat a co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flynn.router.plan import ServerRef
 from flynn.router.stats import CLASSES, ServerStat, service_of
+
+
+_SUMS: tuple[tuple[str, str, Callable[[ServerStat], int]], ...] = (
+    ("sessions_total", "counter", lambda stat: stat.requests),
+    ("bytes_out_total", "counter", lambda stat: stat.bytes_out),
+    ("connect_failures_total", "counter", lambda stat: stat.connect_failures),
+    ("in_flight", "gauge", lambda stat: stat.in_flight),
+)
 
 
 def exposition(stats: Mapping[ServerRef, ServerStat]) -> str:
@@ -23,12 +31,7 @@ def exposition(stats: Mapping[ServerRef, ServerStat]) -> str:
         for position, name in enumerate(CLASSES):
             count = sum(stat.responses[position] for stat in group)
             lines.append(f'flynn_router_responses_total{{service="{service}",class="{name}"}} {count}')
-    for metric, kind, value in (
-        ("sessions_total", "counter", lambda stat: stat.requests),
-        ("bytes_out_total", "counter", lambda stat: stat.bytes_out),
-        ("connect_failures_total", "counter", lambda stat: stat.connect_failures),
-        ("in_flight", "gauge", lambda stat: stat.in_flight),
-    ):
+    for metric, kind, value in _SUMS:
         lines.append(f"# TYPE flynn_router_{metric} {kind}")
         lines += [
             f'flynn_router_{metric}{{service="{service}"}} {sum(value(stat) for stat in group)}'
