@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from flynn.router.plan import ServerRef
 from flynn.router.stats import CLASSES, ServerStat, service_of
 
-
 _SUMS: tuple[tuple[str, str, Callable[[ServerStat], int]], ...] = (
     ("sessions_total", "counter", lambda stat: stat.requests),
     ("bytes_out_total", "counter", lambda stat: stat.bytes_out),
