@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 DAEMON = "/usr/sbin/zfs-fuse"
 LOCK = Path("/run/flynn-zfs-fuse.lock")
 OUTPUT = Path("/var/log/zfs-fuse.log")
-DIRECTORIES = ("/run/zfs", "/var/lock/zfs", "/var/lib/zfs")  # where it keeps socket, lock and pool cache; some on tmpfs
+DIRECTORIES = ("/run/zfs", "/run/lock/zfs", "/var/lib/zfs")  # where it keeps socket, lock and pool cache; some on tmpfs
 CACHE_MEGABYTES = 64  # of the ARC; the kernel's page cache holds the data a second time anyway
 START_SECONDS = 15.0
 
