@@ -15,6 +15,7 @@ from flynn.http.client import HttpClient
 from flynn.http.connection import RawConnection
 from flynn.types.host import (
     ActiveJob,
+    AttachFlag,
     AttachReq,
     DiscoverdConfig,
     HostJob,
@@ -38,9 +39,11 @@ class Attachment:
     `waiting` tells whether the host did not know the job yet when asked: then add the job, and `await ready()`.
     """
 
-    def __init__(self, connection: RawConnection, *, waiting: bool) -> None:
+    def __init__(self, connection: RawConnection, flags: int, *, waiting: bool) -> None:
         self.connection = connection  # raw, for those who pipe frames blindly once `ready`
         self.waiting = waiting
+        asked = ((AttachFlag.STDOUT, attach.Stream.STDOUT), (AttachFlag.STDERR, attach.Stream.STDERR))
+        self._open = {stream for flag, stream in asked if flags & flag}
 
     async def ready(self) -> None:
         """Return once the job is attached; data frames follow.
@@ -61,12 +64,22 @@ class Attachment:
                 raise attach.ProtocolViolation(f"{other} before the job was attached")
 
     async def frames(self) -> AsyncIterator[attach.Data | attach.Exit | attach.Failure]:
-        """Iterate over data, then `Exit` or `Failure` as last frame, or nothing when the log has ended."""
+        """Iterate over data, then `Exit` or `Failure` as last frame, or the ends of the streams asked for.
+
+        Stops at the last frame, not at the end of the connection: closing it is up to us.
+        """
         await self.ready()
         async for frame in attach.server_frames(self.connection):
             match frame:
-                case attach.Data() | attach.Exit() | attach.Failure():
+                case attach.Data(stream, data):
                     yield frame
+                    if not data:
+                        self._open.discard(stream)
+                        if not self._open:
+                            return
+                case attach.Exit() | attach.Failure():
+                    yield frame
+                    return
                 case attach.Attached() | attach.Waiting():
                     raise attach.ProtocolViolation(f"{frame} in the middle of an attachment")
 
@@ -140,9 +153,9 @@ class HostClient:
         try:
             match await attach.read_server_frame(connection):
                 case attach.Attached():
-                    yield Attachment(connection, waiting=False)
+                    yield Attachment(connection, request.flags, waiting=False)
                 case attach.Waiting():
-                    yield Attachment(connection, waiting=True)
+                    yield Attachment(connection, request.flags, waiting=True)
                 case attach.Failure(message):
                     raise attach.AttachRefused(message)
                 case None:

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+# Imported here because pytest's plugin would import it at its very end, so deep in the stack that CPython 3.11 fails.
+import hypothesis  # noqa: F401
 import pytest
 
 from flynn.host.client import HostClient
