@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
-from flynn.aio.broadcast import Broadcast, Overflowed
+from flynn.aio.broadcast import Broadcast, Closed, Overflowed
 from flynn.host.attaching import Attachments
 from flynn.host.jobs.book import JobBook
 from flynn.host.logs.sinks import Sinks
@@ -84,6 +84,12 @@ class HostApi:
         api.route("PUT", "/sinks/{id}", self._put_sink, allow=OPERATORS)
         api.route("DELETE", "/sinks/{id}", self._delete_sink, allow=OPERATORS)
         return api
+
+    def hang_up(self) -> None:
+        """End all streams and attachments: the daemon is leaving, and the listener would wait for them."""
+        self._book.events.close()
+        self._volumes.events.close()
+        self._attachments.hang_up()
 
     # Jobs
 
@@ -233,5 +239,7 @@ async def _stream(events: Broadcast[Any], of_job: str | None = None) -> EventStr
                         yield event
             except Overflowed as error:
                 raise ServiceUnavailable(f"the event stream fell behind: {error}") from error
+            except Closed:
+                return  # the daemon is leaving: streams end before the listener waits for them
 
     return EventStream(items())

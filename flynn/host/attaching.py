@@ -37,18 +37,28 @@ class Attachments:
 
     def __init__(self, find: FindJob, live: LiveJobs, logs: LogDirectory) -> None:
         self._find, self._live, self._logs = find, live, logs
+        self._connections: set[RawConnection] = set()
+
+    def hang_up(self) -> None:
+        """Break all attachments off."""
+        for connection in self._connections:
+            connection.close()
 
     async def serve(self, connection: RawConnection, request: AttachReq) -> None:
         """Serve one attachment to its end. The caller closes the connection."""
-        async with asyncio.TaskGroup() as group:
-            client = _Client(connection)
-            reading = group.create_task(client.read(), name=f"attachment of {request.job_id}")
-            try:
-                await _Attachment(self._find, self._live, self._logs, client, request).run()
-            except (_ClientGone, ConnectionError):
-                pass
-            finally:
-                reading.cancel()
+        self._connections.add(connection)
+        try:
+            async with asyncio.TaskGroup() as group:
+                client = _Client(connection)
+                reading = group.create_task(client.read(), name=f"attachment of {request.job_id}")
+                try:
+                    await _Attachment(self._find, self._live, self._logs, client, request).run()
+                except (_ClientGone, ConnectionError):
+                    pass
+                finally:
+                    reading.cancel()
+        finally:
+            self._connections.discard(connection)
 
 
 class _Client:

@@ -88,12 +88,13 @@ async def running(config: Config) -> AsyncIterator[None]:
         await volumes.open()
         certificates = JobCertificates(certificate_authority, clock, config.key_file.read_bytes())
         live = LiveJobs()
+        layers = LayerStore(config.state_dir / "layers", _Sources(discovery, identity).client, tasks)
         machine = Machine(
             facts=HostFacts(host_id=config.id, external_ip=str(config.external_ip), listen_ip=config.listen_ip),
             partitions=config.partitions,
             directory=config.state_dir / "jobs",
             runtime=runtime,
-            layers=LayerStore(config.state_dir / "layers", _Sources(discovery, identity).client, tasks),
+            layers=layers,
             mounts=LayerMounts(config.state_dir / "layers"),
             scratch=scratch,
             volumes=volumes,
@@ -136,6 +137,10 @@ async def running(config: Config) -> AsyncIterator[None]:
         spawn("renew certificates", certificates.renew())
         own = keep_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock)
         spawn("renew the host's certificate", own)
+        spawn(
+            "collect layers",
+            layers.collect(lambda: {spec.id for job in book.jobs.values() for spec in job.job.mountspecs}),
+        )
 
         host_api = HostApi(node=node, book=book, runner=runner, attachments=attachments, volumes=volumes, sinks=sinks)
         api = host_api.api()
@@ -143,6 +148,7 @@ async def running(config: Config) -> AsyncIterator[None]:
         await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key))
         if outside != LOOPBACK:
             await stack.enter_async_context(listen(api, outside, config.http_port, tls=identity))
+        stack.callback(host_api.hang_up)
         log.info("host up", extra={"id": config.id, "address": outside, "jobs": len(living)})
         yield
 

@@ -9,8 +9,11 @@ import asyncio
 import fcntl
 import logging
 import os
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
 from flynn.aio.supervisor import TaskSet
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 FETCH_TRIES = 3
 FETCH_SILENCE_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
+COLLECT_EVERY = timedelta(hours=1)
+UNUSED = timedelta(days=7)
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file
 
 ClientFor = Callable[[str], Awaitable[HttpClient]]
@@ -56,6 +61,7 @@ class LayerStore:
             raise LayerError(f"invalid layer id {spec.id!r}")
         target = self.path(spec.id)
         if target.exists():
+            os.utime(target)  # see `collect`
             return target
         task = self._running.get(spec.id)
         if task is None:
@@ -66,6 +72,16 @@ class LayerStore:
         if isinstance(outcome, LayerError):
             raise LayerError(str(outcome))
         return outcome
+
+    async def collect(self, in_use: Callable[[], Collection[str]]) -> NoReturn:
+        """Delete layers that no listed job has and nobody has asked for in `UNUSED`, for ever."""
+        while True:
+            await asyncio.sleep(COLLECT_EVERY.total_seconds())
+            for file in self._directory.glob("*.squashfs"):
+                idle = time.time() - file.stat().st_mtime
+                if idle > UNUSED.total_seconds() and file.stem not in in_use():
+                    file.unlink(missing_ok=True)
+                    log.info("layer deleted, nobody has used it lately", extra={"layer": file.stem})
 
     async def _import(self, spec: Mountspec, target: Path) -> Path | LayerError:
         """Fetch, verify, rename. Errors are returned, not raised: the task belongs to several callers."""

@@ -12,7 +12,7 @@ import pytest
 
 from flynn.host.client import HostClient
 from flynn.types.errors import ApiError
-from flynn.types.host import JobStatus, Mountspec, VolumeBinding
+from flynn.types.host import AttachReq, JobStatus, Mountspec, VolumeBinding
 from flynn.types.volume import VolumeRequest
 
 from .machine import TestMachine, ended, eventually
@@ -197,3 +197,16 @@ async def _heir(host: HostClient, job_id: str) -> str:
 
 async def _has_heir(host: HostClient, job_id: str) -> bool:
     return bool(await _heir(host, job_id))
+
+
+async def test_open_streams_and_terminals_do_not_delay_the_end_of_the_daemon(
+    node: TestMachine, image: Mountspec
+) -> None:
+    wanted = job(image, "sleep 1000", tty=True, stdin=True)
+    async with node.client() as host:
+        await node.configure(host)
+        async with host.subscribed(), host.attach(AttachReq(job_id=wanted.id, flags=23)) as attachment:
+            await host.add_job(wanted)
+            await attachment.ready()
+            async with asyncio.timeout(4):
+                await asyncio.to_thread(node.end, signal.SIGTERM)

@@ -65,6 +65,7 @@ class Capture:
         stream, splitter = self._open.pop(descriptor)
         self._write(stream, splitter.finish())
         if not self._open:
+            self._log.close()  # other jobs of the app open it again
             self.ended.set()
 
     def _write(self, stream: Stream, lines: list[bytes]) -> None:
