@@ -51,10 +51,14 @@ class TestMachine:
             subprocess.check_call(command.split())
         self.tool("init", "--id", "node1", "--external-ip", self.ip)
 
+    def command(self, *arguments: str) -> list[str]:
+        return ["nsenter", f"--net=/run/netns/{self.name}", str(BIN / "flynn-host"), *arguments]
+
     def tool(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run flynn-host as if logged in on the node."""
-        command = ["nsenter", f"--net=/run/netns/{self.name}", str(BIN / "flynn-host"), *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=check, timeout=60)
+        return subprocess.run(
+            self.command(*arguments), env=self.environment, capture_output=True, text=True, check=check, timeout=60
+        )
 
     @property
     def environment(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import uuid
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from flynn.host import attach
 from flynn.host.client import HostClient
+from flynn.types.artifact import SQUASHFS_TYPE, Artifact, ImageManifest, Layer, Rootfs
+from flynn.types.codec import encode
 from flynn.types.errors import Conflict, NotFound, ValidationError
 from flynn.types.host import (
     AttachFlag,
@@ -320,3 +323,24 @@ async def test_the_tool_shows_what_runs(host: HostClient, machine: TestMachine, 
     assert shown.stdout == "hello\n"
     stopped = await asyncio.to_thread(machine.tool, "stop", wanted.id)
     assert stopped.stdout == f"{wanted.id} stopped\n"
+
+
+def artifact(image: Mountspec) -> str:
+    layer = Layer(id=image.id, type=SQUASHFS_TYPE, length=image.size, hashes=image.hashes)
+    manifest = ImageManifest(rootfs=[Rootfs(layers=[layer])])
+    return encode(Artifact(type="flynn", manifest=manifest.document(), layer_url_template=image.url)).decode()
+
+
+async def test_the_tool_runs_a_command_with_its_input_output_and_status(
+    host: HostClient, machine: TestMachine, image: Mountspec
+) -> None:
+    script = 'read x; echo "out $x"; echo err >&2; exit 5'
+    command = machine.command("run", artifact(image), "sh", "-c", script)
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=machine.environment, input="word\n", capture_output=True, text=True, timeout=30
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("out word\n", "err\n", 5)
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=machine.environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=30
+    )
+    assert (done.stdout, done.returncode) == (b"out \n", 5)

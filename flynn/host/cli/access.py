@@ -13,13 +13,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from flynn.discoverd.client import Discoverd
 from flynn.host.client import HostClient
 from flynn.host.config import CONFIG_DIR, HTTP_PORT, STATE_DIR
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.identity import Identity
 from flynn.types.errors import ApiError, NotFound
 from flynn.types.host import ActiveJob
+from flynn.types.instance import Instance
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,14 +61,6 @@ async def local_host() -> AsyncIterator[HostClient]:
 
 
 @asynccontextmanager
-async def directory() -> AsyncIterator[Discoverd]:
-    """Discoverd, through loopback."""
-    urls = os.environ.get("DISCOVERD") or "http://127.0.0.1:1111"
-    async with Discoverd.connect(urls, key=admin_key()) as registry:
-        yield registry
-
-
-@asynccontextmanager
 async def all_hosts() -> AsyncIterator[list[Found]]:
     """Every host discoverd knows, and this machine's in any case."""
     async with local_host() as own:
@@ -88,12 +80,14 @@ async def all_hosts() -> AsyncIterator[list[Found]]:
                 await http.close()
 
 
-async def _registered() -> list[Any]:
+async def _registered() -> list[Instance]:
     """The hosts discoverd knows; none while it does not answer, for the tool is there to repair that too."""
+    address = os.environ.get("DISCOVERD") or "http://127.0.0.1:1111"
+    url = address if "://" in address else f"http://{address}"
     try:
-        async with asyncio.timeout(DISCOVERD_SECONDS), directory() as registry:
-            return list(await registry.instances("flynn-host"))
-    except (ApiError, TimeoutError, OSError):
+        async with HttpClient(url, auth=KeyAuth(admin_key()), timeout=DISCOVERD_SECONDS) as http:
+            return await http.get("/services/flynn-host/instances", answer=list[Instance])
+    except ApiError:
         return []
 
 
