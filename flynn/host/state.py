@@ -16,6 +16,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,11 +142,8 @@ class StateStore:
         return decode(rows[0][0], kind) if rows else None
 
     def _read(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-        with sqlite3.connect(self._path) as reader:
-            try:
-                return reader.execute(sql, parameters).fetchall()
-            finally:
-                reader.rollback()
+        with closing(sqlite3.connect(self._path)) as reader:
+            return reader.execute(sql, parameters).fetchall()
 
     # Writing
 

@@ -396,7 +396,7 @@ class JobRun:
             await self._step("layers", machine.mounts.release(self._id))
             await self._step("scratch", self._release_scratch())
             for binding in job.job.config.volumes:
-                if binding.delete_on_stop:
+                if binding.delete_on_stop and self.heir is None:  # a successor goes on with them
                     await self._step("volume", machine.volumes.destroy(binding.volume))
             machine.certificates.forget(self._id)
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
