@@ -29,7 +29,7 @@ from flynn.types.errors import ApiError, NotFound, PreconditionFailed
 
 log = logging.getLogger(__name__)
 
-CALLERS = access("operator", "host", "app:router")
+CALLERS = access("operator", "host", "app:router", "outside")
 NO_CACHE = {"Cache-Control": "no-cache"}
 TEXT = "text/plain; charset=utf-8"
 HEAD_BYTES = 64 << 10  # where the capabilities of a push are looked for

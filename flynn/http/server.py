@@ -391,7 +391,10 @@ def _caller(raw: web.Request, key: str | None) -> Peer | None:
         if credentials is not None and hmac.compare_digest(credentials[1].encode(), key.encode()):
             return Peer(PeerKind.OPERATOR, "key")
         return None
-    return peer_of(raw.transport.get_extra_info("peercert"))
+    peer = peer_of(raw.transport.get_extra_info("peercert"))
+    if peer is not None and peer.kind is PeerKind.APP and peer.name == "router" and "X-Forwarded-For" in raw.headers:
+        return Peer(PeerKind.OUTSIDE, "router")
+    return peer
 
 
 def _basic_auth(header: str) -> tuple[str, str] | None:

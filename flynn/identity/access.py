@@ -1,8 +1,9 @@
 """Who may call an endpoint. Deny by default: an endpoint without a rule cannot be declared.
 
 A rule is a set of words: `operator` (the host's admin key, on loopback), `host` (any flynn-host), `app:<name>` (system
-jobs of that app), `app:*` (any system job). `ANYONE` admits callers without a certificate too; the endpoint then has
-its own way to tell who calls.
+jobs of that app), `app:*` (any system job), `outside` (somebody whose request the router passed on: it comes with the
+router's certificate, but is not the router's own). `ANYONE` admits callers without a certificate too; the endpoint
+then has its own way to tell who calls.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def access(*words: str) -> Access:
     if not words:
         raise ValueError("an endpoint that nobody may call is not an endpoint")
     for word in words:
-        if word not in ("operator", "host", "anyone") and not word.startswith("app:"):
+        if word not in ("operator", "host", "outside", "anyone") and not word.startswith("app:"):
             raise ValueError(f"not a rule of access: {word!r}")
     return Access(frozenset(words))
 

@@ -12,6 +12,7 @@ class PeerKind(StrEnum):
     HOST = "host"
     APP = "app"
     OPERATOR = "operator"  # holds a host's admin key, on loopback
+    OUTSIDE = "outside"  # somebody whose request the router passed on
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 from flynn.http.server import Api, Raw, Request
-from flynn.identity.access import INSIDERS
+from flynn.identity.access import access
 from flynn.identity.peer import PeerKind
 from flynn.status.checks import is_free
 from flynn.types.codec import builtins, encode
@@ -19,7 +19,7 @@ CORS = {
     "Access-Control-Allow-Headers": "Authorization, Accept, Content-Type",
 }
 
-ROUTER_APP = "router"
+READERS = access("operator", "host", "app:*", "outside")
 
 
 def status_api(check: Callable[[], Awaitable[Status]], key: str) -> Api:
@@ -37,15 +37,14 @@ def status_api(check: Callable[[], Awaitable[Status]], key: str) -> Api:
     api = Api("status")
     # The page replaces what every API has, its own status included: asked at any path, it tells about the cluster.
     api.endpoints = [endpoint for endpoint in api.endpoints if endpoint.path == "/ping"]
-    api.route("*", "/{path:.*}", page, allow=INSIDERS)
+    api.route("*", "/{path:.*}", page, allow=READERS)
     return api
 
 
 def _may_look(request: Request, key: str) -> bool:
     peer = request.peer
-    through_router = peer is not None and peer.kind is PeerKind.APP and peer.name == ROUTER_APP
     # Only the router's word about where a request came from counts; parts of the platform may always look.
-    if not through_router or is_free(request.remote):
+    if peer is None or peer.kind is not PeerKind.OUTSIDE or is_free(request.remote):
         return True
     offered = request.basic_auth[1] if request.basic_auth else request.query("key")
     return hmac.compare_digest(offered.encode(), key.encode())

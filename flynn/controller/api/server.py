@@ -23,7 +23,6 @@ from flynn.controller.neighbours import Neighbours
 from flynn.controller.provisioning import Provisioner
 from flynn.controller.stores import Stores
 from flynn.http.server import Api, Raw, Request, shutting_down
-from flynn.identity import INSIDERS, access
 from flynn.logaggregator.client import LogAggregator
 from flynn.types.codec import encode
 from flynn.types.errors import ApiError
@@ -77,14 +76,14 @@ def controller_api(
     api = Api(
         "controller",
         status=status,
-        status_access=INSIDERS,
+        status_access=INSIDERS_WITH_KEY,
         max_body_bytes=MAX_BODY_BYTES,
         authorize=key_check(keys),
         bare=frozenset({401, 404}),
         before=before,
         headers=cors_headers(domain),
     )
-    api.route("GET", CA_CERT_PATH, serve_ca_cert, allow=access("operator", "host", "app:*"))
+    api.route("GET", CA_CERT_PATH, serve_ca_cert, allow=INSIDERS_WITH_KEY)
     for resource in (
         AppsApi(stores),
         ReleasesApi(stores, ManifestSource(neighbours)),
