@@ -168,6 +168,7 @@ def command_environment(node: Node, more: Mapping[str, str] | None = None) -> di
 def remove(node: Node) -> None:
     """Switch the node off and take away all it left on the machine. Also right after an aborted start."""
     power_cut(node)
+    _end_strays(node)
     _destroy_pool(node.pool)
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for target in sorted((m for m in mounts if m.startswith(f"{node.root}/")), reverse=True):
@@ -180,6 +181,17 @@ def remove(node: Node) -> None:
         if group.is_dir():
             _remove_cgroup(group)
     shutil.rmtree(node.root, ignore_errors=True)
+
+
+def _end_strays(node: Node) -> None:
+    """A first process of this very node whose pidfile is gone: its directory was removed under it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        except OSError:
+            continue
+        if str(node.resolv_conf) in arguments and any(a.endswith("/lab/node_init.py") for a in arguments):
+            os.kill(int(process.name), signal.SIGKILL)
 
 
 def _destroy_pool(pool: str) -> None:
