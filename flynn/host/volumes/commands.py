@@ -14,7 +14,7 @@ class NoDaemon(VolumeError):
     """zfs-fuse is installed but does not run."""
 
 
-async def run(*argv: str, seconds: float = COMMAND_SECONDS) -> str:
+async def run(*argv: str, stdin: int = asyncio.subprocess.DEVNULL, seconds: float = COMMAND_SECONDS) -> str:
     """Run a command and return its standard output.
 
     Raises:
@@ -23,7 +23,7 @@ async def run(*argv: str, seconds: float = COMMAND_SECONDS) -> str:
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -10,11 +10,10 @@ import asyncio
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from flynn.host import descriptors
-from flynn.host.descriptors import Duplicate
 from flynn.host.volumes import fuse
 from flynn.host.volumes.commands import failure, run
 from flynn.host.volumes.provider import VolumeBusy, VolumeError, VolumeGone
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 
 POOL_SHARE = 0.7  # of the file system that carries the pool's file
 DESTROY_TRIES = 5
+RECEIVE_SECONDS = 3600.0  # a large volume from a slow disk
 CHUNK_BYTES = 1 << 20
 
 
@@ -169,32 +169,14 @@ class ZfsProvider:
                 await process.wait()
 
     async def receive(self, place: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> str:
-        argv = ["zfs", "receive", "-F", f"{place}@{snapshot_id}"]
-        # A pipe of our own: asyncio makes a socket for standard input, which zfs-fuse cannot read from.
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(writing, False)
-        pipe = Duplicate(writing)
-        os.close(writing)
-        try:
-            process = await asyncio.create_subprocess_exec(*argv, stdin=reading, stderr=asyncio.subprocess.PIPE)
-        except BaseException:
-            pipe.close()
-            raise
-        finally:
-            os.close(reading)
-        try:
+        """Received into a file first: a stream that breaks off must not touch the volume, and zfs-fuse needs a file
+        (it takes a short read from a pipe for an error, and cannot read from the socket that asyncio would give it)."""
+        with tempfile.TemporaryFile(dir=self._directory) as spool:
             async for chunk in stream:
-                if not await descriptors.write(pipe.number, chunk):
-                    break  # zfs refused; its exit status tells
-            pipe.close()
-            _, errors = await process.communicate()
-            if process.returncode != 0:
-                raise failure(argv, errors.decode(errors="replace").strip())
-        finally:
-            pipe.close()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+                await asyncio.to_thread(spool.write, chunk)
+            await asyncio.to_thread(spool.flush)
+            spool.seek(0)
+            await run("zfs", "receive", "-F", f"{place}@{snapshot_id}", stdin=spool.fileno(), seconds=RECEIVE_SECONDS)
         clone = f"{self._pool}/data/{snapshot_id}"
         path = self._path(clone)
         await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
