@@ -10,12 +10,13 @@ from typing import Any
 from flynn.aio.broadcast import Broadcast, Closed, Overflowed
 from flynn.host.attaching import Attachments
 from flynn.host.jobs.book import JobBook
+from flynn.host.joining import Authority, Joining, JoinRequest, TokenCreated, TokenRequest, Welcome
 from flynn.host.logs.sinks import Sinks
 from flynn.host.node import Node
 from flynn.host.runner import JobRunner
 from flynn.host.volumes.book import VolumeBook
 from flynn.http.server import Api, EventStream, Raw, Request, Streaming
-from flynn.identity.access import access
+from flynn.identity.access import ANYONE, access
 from flynn.types.codec import decode, replace
 from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
 from flynn.types.host import (
@@ -38,6 +39,7 @@ NETWORKERS = access("operator", "host", "app:flannel")
 DIRECTORIES = access("operator", "host", "app:discoverd")
 HOSTS = access("operator", "host")
 
+MAX_JOIN_BYTES = 4096
 EVENTS_BEHIND = 5000  # a reader this far behind is cut off; it relists when it comes back
 
 
@@ -53,9 +55,11 @@ class HostApi:
         attachments: Attachments,
         volumes: VolumeBook,
         sinks: Sinks,
+        joining: Joining,
     ) -> None:
         self._node, self._book, self._runner = node, book, runner
         self._attachments, self._volumes, self._sinks = attachments, volumes, sinks
+        self._joining = joining
 
     def api(self) -> Api:
         """Return the table of endpoints."""
@@ -72,6 +76,9 @@ class HostApi:
         api.route("POST", "/host/network", self._configure_network, allow=NETWORKERS)
         api.route("POST", "/host/resource-check", self._resource_check, allow=OPERATORS)
         api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
+        api.route("POST", "/host/tokens", self._create_token, allow=HOSTS)
+        api.route("GET", "/host/ca", self._authority, allow=ANYONE)
+        api.route("POST", "/host/join", self._join, allow=ANYONE, max_body_bytes=MAX_JOIN_BYTES)  # the secret decides
         api.route("POST", "/storage/providers", self._create_provider, allow=HOSTS)
         api.route("POST", "/storage/providers/{provider}/volumes", self._create_volume, allow=JOB_MAKERS)
         api.route("GET", "/storage/volumes", self._list_volumes, allow=JOB_MAKERS)
@@ -154,6 +161,18 @@ class HostApi:
 
     async def _set_tags(self, request: Request) -> None:
         await self._node.set_tags(await request.body(dict[str, str]))
+
+    # Joining
+
+    async def _create_token(self, request: Request) -> TokenCreated:
+        return await self._joining.invite(await request.body(TokenRequest))
+
+    async def _authority(self, request: Request) -> Authority:
+        return self._joining.authority
+
+    async def _join(self, request: Request) -> Welcome:
+        wanted = await request.body(JoinRequest)
+        return await self._joining.welcome(wanted, request.other_end, self._node.hosts)
 
     # Volumes
 

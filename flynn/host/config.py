@@ -40,6 +40,7 @@ class Config:
     partitions: Mapping[str, int] = field(default_factory=lambda: parse(DEFAULT_PARTITIONS))
     tags: Mapping[str, str] = field(default_factory=dict)
     max_job_concurrency: int = 4  # jobs launched at a time
+    peer_ips: tuple[str, ...] = ()  # hosts whose discoverd is asked as long as there is none here
     force: bool = False  # stop all jobs found at the start
     flags: tuple[str, ...] = ()  # the command line, for the status
 
@@ -80,6 +81,7 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         partitions=partitions,
         tags=parse_tags(options["tags"]),
         max_job_concurrency=max(1, options["max_job_concurrency"]),
+        peer_ips=tuple(ip.strip() for ip in options["peer_ips"].split(",") if ip.strip()),
         force=options["force"],
         flags=tuple(flags),
     )

@@ -26,6 +26,7 @@ from flynn.host.enrolment import authority, ensure_certificate, keep_certificate
 from flynn.host.jobs.admission import volumes_in_use
 from flynn.host.jobs.book import JobBook
 from flynn.host.jobs.environment import HostFacts
+from flynn.host.joining import Joining, JoinTokens
 from flynn.host.layers import LayerStore
 from flynn.host.live import LiveJobs
 from flynn.host.logs.files import LogDirectory
@@ -123,6 +124,7 @@ async def running(config: Config) -> AsyncIterator[None]:
 
         living = await runner.restore()
         await node.restore(living)
+        await discovery.begin_with(config.peer_ips)
         runner.go_on(node.slots)
         if config.force:
             for job_id in living:
@@ -142,12 +144,29 @@ async def running(config: Config) -> AsyncIterator[None]:
             layers.collect(lambda: {spec.id for job in book.jobs.values() for spec in job.job.mountspecs}),
         )
 
-        host_api = HostApi(node=node, book=book, runner=runner, attachments=attachments, volumes=volumes, sinks=sinks)
+        joining = Joining(
+            JoinTokens(store, clock),
+            clock,
+            ca=certificate_authority.pem,
+            ca_key=certificate_authority.key_pem,
+            own_address=str(config.external_ip),
+            http_port=config.http_port,
+        )
+        host_api = HostApi(
+            node=node,
+            book=book,
+            runner=runner,
+            attachments=attachments,
+            volumes=volumes,
+            sinks=sinks,
+            joining=joining,
+        )
         api = host_api.api()
         outside = config.listen_ip or str(config.external_ip)
         await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key))
         if outside != LOOPBACK:
-            await stack.enter_async_context(listen(api, outside, config.http_port, tls=identity))
+            # Who wants to join has no certificate yet; every other endpoint asks for one by itself.
+            await stack.enter_async_context(listen(api, outside, config.http_port, tls=identity, require_client=False))
         stack.callback(host_api.hang_up)
         log.info("host up", extra={"id": config.id, "address": outside, "jobs": len(living)})
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from flynn.discoverd.client import Discoverd
@@ -15,6 +15,9 @@ from flynn.types.errors import ServiceUnavailable, ValidationError
 from flynn.types.host import DiscoverdConfig
 
 log = logging.getLogger(__name__)
+
+
+DISCOVERD_PORT = 1111
 
 
 class Discovery:
@@ -48,6 +51,14 @@ class Discovery:
         if merged.url and merged.dns:
             self.ready.set()
         return merged
+
+    async def begin_with(self, peers: Sequence[str]) -> None:
+        """Use the discoverd of other hosts, as long as none has announced itself here.
+
+        That is how the cluster learns of a new host, and comes to start discoverd on it.
+        """
+        if peers and self._registry is None:
+            await self._connect(",".join(f"{ip}:{DISCOVERD_PORT}" for ip in peers))
 
     async def _connect(self, url: str) -> None:
         addresses = [item.removeprefix("http://").removeprefix("https://") for item in url.split(",")]

@@ -35,6 +35,16 @@ def enrol(*, state_dir: Path, config_dir: Path, host_id: str, external_ip: str, 
     write_private(config_dir / "host.json", encode_indented({"args": list(args)}), mode=0o644)
 
 
+def adopt_authority(state_dir: Path, ca: bytes, key: bytes) -> None:
+    """Keep the authority of the cluster this machine joins. Raises `ConfigError` if it belongs to another cluster."""
+    identity = state_dir / "identity"
+    if (identity / "ca.pem").exists() and (identity / "ca.pem").read_bytes() != ca:
+        raise ConfigError(f"{identity / 'ca.pem'}: this machine belongs to another cluster; remove {state_dir} first")
+    identity.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_private(identity / "ca.key", key)
+    write_private(identity / "ca.pem", ca, mode=0o644)
+
+
 def authority(directory: Path) -> ClusterCA:
     """Return the cluster's authority. Raises `ConfigError`."""
     try:

@@ -19,6 +19,7 @@ COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
     "init": "flynn.host.cli.setup:init",
     "inspect": "flynn.host.cli.jobs:inspect",
+    "join": "flynn.host.cli.joining:join",
     "list": "flynn.host.cli.cluster:list_hosts",
     "log": "flynn.host.cli.output:log",
     "log-sink": "flynn.host.cli.cluster:log_sink",
@@ -30,6 +31,7 @@ COMMANDS = {
     "status": "flynn.host.cli.cluster:status",
     "stop": "flynn.host.cli.jobs:stop",
     "tags": "flynn.host.cli.cluster:tags",
+    "token": "flynn.host.cli.joining:token",
     "volume": "flynn.host.cli.volumes:volume",
 }
 

@@ -49,8 +49,14 @@ class Node:
         self._tags = {**config.tags, **(store.setting("tags", dict[str, str]) or {})}
         self._tags = {key: value for key, value in self._tags.items() if value}
         self._slots = store.setting("slots", dict[str, str]) or {}
+        self._hosts: dict[str, str] = {}
         address = f"{config.external_ip}:{config.http_port}"
         self.announcement = Announcement(discovery, SERVICE, Instance.at(address, "https", self._meta()))
+
+    @property
+    def hosts(self) -> dict[str, str]:
+        """The addresses of the hosts that discoverd knows, by id; ourselves in any case."""
+        return {**self._hosts, self._config.id: str(self._config.external_ip)}
 
     @property
     def slots(self) -> dict[str, str]:
@@ -124,7 +130,7 @@ class Node:
     async def follow_hosts(self) -> NoReturn:
         """Keep the packet filter informed about which addresses are hosts."""
         await self._discovery.connected.wait()
-        known: dict[str, IPv4Address] = {}
+        known: dict[str, Instance] = {}
         while True:
             try:
                 async with aclosing(self._discovery.registry.watch(SERVICE)) as events:
@@ -134,8 +140,9 @@ class Node:
                         if event.kind is EventKind.DOWN:
                             known.pop(event.instance.id, None)
                         else:
-                            known[event.instance.id] = IPv4Address(event.instance.host)
-                        await self._network.set_hosts(known.values())
+                            known[event.instance.id] = event.instance
+                        self._hosts = {one.meta.get("id", one.id): one.host for one in known.values()}
+                        await self._network.set_hosts([IPv4Address(one.host) for one in known.values()])
             except (ApiError, ValueError, OSError) as error:
                 log.warning("lost sight of the other hosts", extra={"error": str(error)})
             await asyncio.sleep(1)

@@ -18,10 +18,11 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flynn.types.codec import decode, encode
+from flynn.types.codec import Wire, always, decode, encode
 from flynn.types.host import ActiveJob
 from flynn.types.sink import SinkInfo
 from flynn.types.volume import VolumeInfo
@@ -42,6 +43,7 @@ CREATE TABLE IF NOT EXISTS volumes (
     id TEXT PRIMARY KEY, record BLOB NOT NULL, provider TEXT NOT NULL, place TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS sinks (id TEXT PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS join_tokens (id TEXT PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 
@@ -68,6 +70,15 @@ class KeptVolume:
     info: VolumeInfo
     provider: str
     place: str
+
+
+class KeptToken(Wire):
+    """A join token: not its secret, but the secret's digest."""
+
+    id: str
+    digest: str
+    expires_at: datetime
+    uses: int = always(0)  # left
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +146,10 @@ class StateStore:
     def sinks(self) -> list[SinkInfo]:
         """Return all recorded log sinks."""
         return [decode(record, SinkInfo) for (record,) in self._read("SELECT record FROM sinks ORDER BY id")]
+
+    def join_tokens(self) -> list[KeptToken]:
+        """Return all join tokens, those that have ended included."""
+        return [decode(record, KeptToken) for (record,) in self._read("SELECT record FROM join_tokens")]
 
     def setting(self, name: str, kind: type[T]) -> T | None:
         """Return one setting."""
@@ -233,6 +248,14 @@ def save_sink(sink: SinkInfo) -> Change:
 
 def forget_sink(sink_id: str) -> Change:
     return "DELETE FROM sinks WHERE id = ?", (sink_id,)
+
+
+def save_join_token(token: KeptToken) -> Change:
+    return "INSERT OR REPLACE INTO join_tokens (id, record) VALUES (?, ?)", (token.id, encode(token))
+
+
+def forget_join_token(token_id: str) -> Change:
+    return "DELETE FROM join_tokens WHERE id = ?", (token_id,)
 
 
 def save_setting(name: str, value: object) -> Change:

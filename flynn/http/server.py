@@ -128,6 +128,11 @@ class Request:
         return forwarded or self._raw.remote or ""
 
     @property
+    def other_end(self) -> str:
+        """The address of the connection itself, whatever the request's headers say."""
+        return self._raw.remote or ""
+
+    @property
     def local_address(self) -> tuple[str, int] | None:
         name = self._raw.transport.get_extra_info("sockname") if self._raw.transport else None
         return (name[0], name[1]) if name else None

@@ -97,6 +97,10 @@ class ClusterCA:
             raise ValueError(f"{directory / 'ca.key'} is not an elliptic curve key")
         return cls(certificate, key)
 
+    @property
+    def key_pem(self) -> bytes:
+        return _key_pem(self._key)
+
     def save(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(directory / "ca.key", _key_pem(self._key))

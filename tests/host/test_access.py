@@ -35,6 +35,9 @@ ALLOWED = {
     "POST /host/network": {"operator", "host", "flannel"},
     "POST /host/resource-check": OPERATORS,
     "POST /host/tags": OPERATORS,
+    "POST /host/tokens": {"operator", "host"},
+    "GET /host/ca": set(CALLERS),
+    "POST /host/join": set(CALLERS),
     "POST /storage/providers": {"operator", "host"},
     "POST /storage/providers/{provider}/volumes": MAKERS,
     "GET /storage/volumes": MAKERS,
@@ -55,7 +58,8 @@ ALLOWED = {
 @pytest.fixture(scope="module")
 def endpoints() -> dict[str, Any]:
     nothing = cast(Any, None)
-    api = HostApi(node=nothing, book=nothing, runner=nothing, attachments=nothing, volumes=nothing, sinks=nothing).api()
+    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining")
+    api = HostApi(**dict.fromkeys(parts, nothing)).api()
     return {f"{endpoint.method} {endpoint.path}": endpoint for endpoint in api.endpoints}
 
 

@@ -42,8 +42,8 @@ class Phases:
 
 def up(count: int, phases: Phases) -> None:
     """Take down what runs, boot `count` nodes, bootstrap, and publish how to use the cluster."""
-    if count != 1:
-        raise SystemExit("make cluster: NODES must be 1; clusters of several nodes are not supported yet")
+    if count not in range(1, MAX_NODES + 1) or count == 2:
+        raise SystemExit(f"make cluster: NODES must be 1, or from 3 to {MAX_NODES}: two cannot outvote a lost one")
     if os.geteuid() != 0:
         raise SystemExit("make cluster: must be run as root: it makes namespaces, mounts and cgroups")
     with phases.phase("take down the previous cluster"):
@@ -53,15 +53,34 @@ def up(count: int, phases: Phases) -> None:
         network.raise_bridge()
         node.share_base()
         node.start_zfs()
+        first, *others = members
         for member in members:
             network.plug_in(member)
-            node.lay_out(member, DOMAIN)
-            node.switch_on(member)
-        for member in members:
-            wait_until_on(member)
+            node.lay_out(member)
+        node.found(first)
+        node.switch_on(first)
+        wait_until_on(first)
+        if others:
+            token = node.invite(first, uses=len(others))
+            for member in others:
+                node.join(member, token)
+                node.switch_on(member)
+            for member in others:
+                wait_until_on(member)
     with phases.phase("bootstrap"):
         add_command = bootstrap(members)
     publish(members, add_command)
+
+
+def add(number: int) -> None:
+    """Join one more node to the running cluster."""
+    member = Node(number)
+    running = next(other for other in nodes(MAX_NODES) if node.init_pid(other) is not None)
+    network.plug_in(member)
+    node.lay_out(member)
+    node.join(member, node.invite(running, uses=1))
+    node.switch_on(member)
+    wait_until_on(member)
 
 
 def wait_until_on(member: Node) -> None:
@@ -190,7 +209,15 @@ def main(arguments: list[str]) -> None:
             network.plug_in(member)
             node.switch_on(member)
             wait_until_on(member)
+        case ["add", number]:
+            add(int(number))
+        case ["cut", number]:
+            network.cut(Node(int(number)))
+        case ["mend", number]:
+            network.mend(Node(int(number)))
         case ["nodes"]:
             print(json.dumps([{"id": m.id, "ip": m.ip, "on": node.init_pid(m) is not None} for m in nodes(MAX_NODES)]))
         case _:
-            sys.exit("usage: python -m tests.cluster up N | down | demo | exec N [COMMAND] | power-cut N | power-on N")
+            sys.exit(
+                "usage: python -m tests.cluster up N | down | demo | exec N [COMMAND] | power-cut N | power-on N | add N | cut N | mend N"
+            )

@@ -51,15 +51,37 @@ def start_zfs() -> None:
         asyncio.run(fuse.ensure_daemon())
 
 
-def lay_out(node: Node, domain: str) -> None:
-    """Directories, name resolution and identity of a new node."""
+def lay_out(node: Node) -> None:
+    """Directories and name resolution of a new node."""
     for directory in (node.root, node.state, node.config):
         directory.mkdir(parents=True, exist_ok=True)
     resolvers = [line for line in Path("/etc/resolv.conf").read_text().splitlines() if line.startswith("nameserver")]
     node.resolv_conf.write_text("\n".join(resolvers) + "\n")
     node.hosts_file.write_text(f"127.0.0.1 localhost\n{node.ip} {node.id}\n")
+
+
+def found(node: Node) -> None:
+    """Make the node the first of a cluster."""
+    _enrol(node, "init")
+
+
+def invite(node: Node, uses: int) -> str:
+    """A join token, from a node that is on."""
+    command = inside(node, ["flynn-host", "token", "create", "--uses", str(uses), "--ttl", "10m"])
+    done = subprocess.run(
+        command, env=command_environment(node), capture_output=True, text=True, timeout=30, check=True
+    )
+    return done.stdout.strip()
+
+
+def join(node: Node, token: str) -> None:
+    """Make the node a host of the cluster that the token is from."""
+    _enrol(node, "join", token)
+
+
+def _enrol(node: Node, *command: str) -> None:
     run(
-        str(BIN / "flynn-host"), "init", "--state-dir", str(node.state), "--config-dir", str(node.config),
+        str(BIN / "flynn-host"), *command, "--state-dir", str(node.state), "--config-dir", str(node.config),
         "--external-ip", node.ip, "--id", node.id,
     )  # fmt: skip
 
