@@ -146,8 +146,10 @@ class VolumeBook:
             yield chunk
 
     async def receive(self, volume_id: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> VolumeInfo:
-        """Apply another host's snapshot to a volume; returns the snapshot as it exists here now."""
+        """Apply another host's snapshot to a volume no job uses; returns the snapshot as it exists here now."""
         volume = self._kept(volume_id)
+        if volume_id in self._in_use():
+            raise Conflict(f"volume {volume_id} is in use by a job")
         async with self._lock(volume_id):
             place = await _translated(self._provider(volume.provider).receive(volume.place, snapshot_id, stream))
             return await self._record(self._as_snapshot(volume, snapshot_id, place))

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 POOL_SHARE = 0.7  # of the file system that carries the pool's file
 DESTROY_TRIES = 5
+LET_GO_SECONDS = 0.3
 RECEIVE_SECONDS = 3600.0  # a large volume from a slow disk
 CHUNK_BYTES = 1 << 20
 
@@ -176,12 +177,21 @@ class ZfsProvider:
                 await asyncio.to_thread(spool.write, chunk)
             await asyncio.to_thread(spool.flush)
             spool.seek(0)
+            await self._unmount(place)
             await run("zfs", "receive", "-F", f"{place}@{snapshot_id}", stdin=spool.fileno(), seconds=RECEIVE_SECONDS)
         clone = f"{self._pool}/data/{snapshot_id}"
         path = self._path(clone)
         await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
         await run("zfs", "clone", "-o", f"mountpoint={path}", "-o", "readonly=on", f"{place}@{snapshot_id}", clone)
         return clone
+
+    async def _unmount(self, place: str) -> None:
+        """zfs-fuse cannot receive into a mounted file system, and lets go of it a moment after it was unmounted."""
+        if not await asyncio.to_thread(_mounted, self._path(place)):
+            return
+        await run("zfs", "umount", place)
+        if fuse.needed():
+            await asyncio.sleep(LET_GO_SECONDS)
 
 
 async def destroy_pool(pool: str) -> None:
