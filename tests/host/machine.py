@@ -120,13 +120,7 @@ class TestMachine:
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if line.split()[4].startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", line.split()[4]], check=False)
-        for directory in sorted(Path("/sys/fs/cgroup").glob(f"*/{self.name}/**/"), reverse=True):
-            for _ in range(50):
-                try:
-                    directory.rmdir()
-                    break
-                except OSError:
-                    time.sleep(0.02)
+        remove_cgroups(self.name)
         subprocess.run(["ip", "link", "del", self.cable], check=False)
         subprocess.run(["ip", "netns", "del", self.name], check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -144,6 +138,17 @@ class TestMachine:
         await host.configure_discoverd(DiscoverdConfig(url=f"{self.ip}:1111", dns="100.102.7.1:53"))
 
 
+def remove_cgroups(name: str) -> None:
+    """Their processes may still be being reaped."""
+    for directory in sorted(Path("/sys/fs/cgroup").glob(f"*/{name}/**/"), reverse=True):
+        for _ in range(50):
+            try:
+                directory.rmdir()
+                break
+            except OSError:
+                time.sleep(0.02)
+
+
 def sweep() -> None:
     """Take away what test runs have left that were killed: namespaces, processes in them, cgroups, pools."""
     for namespace in Path("/run/netns").glob("fht*x*"):
@@ -159,6 +164,7 @@ def sweep() -> None:
                 pass
         subprocess.run(["zpool", "destroy", "-f", namespace.name], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "del", namespace.name], check=False)
+        remove_cgroups(namespace.name)
 
 
 async def ended(host: HostClient, job_id: str, seconds: float = 20) -> JobStatus:
