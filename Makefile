@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup packages images cluster cluster-down cluster-shell demo test check fmt bench clean
+.PHONY: help setup packages images release cluster cluster-down cluster-shell demo test check fmt bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +23,14 @@ packages: # install the Debian packages that are missing
 $(VENV)/.done: pyproject.toml
 	@echo "=====> install the Python environment"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q -e '.[node,dev]'
+	@$(BIN)/pip install -q -e '.[node,machine,dev]'
 	@touch $@
 
 images: setup ## build the images (a second build uses the cache)
 	@$(BIN)/flynn-images build
+
+release: images ## publish the images as a signed release in build/release (keys: ~/.config/flynn/release-keys)
+	@$(BIN)/flynn-images release $(if $(CHANNEL),--channel $(CHANNEL))
 
 cluster: images ## boot a development cluster of NODES nodes (1)
 	@$(BIN)/python -m tests.cluster up $(NODES)
