@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+NOBODY = "nobody"
+"""A standby that never comes: a primary that waits for it acknowledges no write."""
+
 SUPERUSER = "flynn"
 LOCAL_USER = "postgres"  # whom the daemon is on the private socket
 
@@ -28,6 +31,9 @@ class ServerSettings:
     key: Path | None = None
     peer_id: str = ""
     read_only: bool = False
+    replicated: bool = False  # part of a cluster of several
+    sync: str = ""  # whose confirmation every commit waits for; empty = nobody's, for a cluster of one
+    primary_conninfo: str = ""  # whom a standby replicates from; empty = it only replays what it has
     extension_whitelist: bool = False  # whether the module that lets users create EXTENSIONS is installed
 
 
@@ -55,7 +61,15 @@ def postgresql_conf(settings: ServerSettings) -> str:
         "max_wal_senders": 15,
         "hot_standby": "on",
         "hot_standby_feedback": "on",
-        "synchronous_standby_names": "",
+        "synchronous_standby_names": f'FIRST 1 ("{settings.sync}")' if settings.sync else "",
+        "primary_conninfo": settings.primary_conninfo,
+        "wal_log_hints": "on",  # a former primary can be rewound instead of copied anew
+        # Commits hang while the sync is lost unnoticed, so a silent link is noticed within seconds.
+        "wal_receiver_status_interval": "1s",
+        "wal_receiver_timeout": "5s",
+        "wal_sender_timeout": "6s",
+        "wal_retrieve_retry_interval": "200ms",
+        "max_standby_streaming_delay": "5s",  # queries on standbys must not delay a takeover for long
         "min_wal_size": "32MB",
         "max_wal_size": "256MB",
         # Connections of clients that vanished without a word are found within a minute.
@@ -72,6 +86,8 @@ def postgresql_conf(settings: ServerSettings) -> str:
         "client_encoding": "UTF8",
         "default_text_search_config": "pg_catalog.english",
     }
+    if settings.replicated:
+        values["wal_keep_size"] = "256MB"  # for standbys that were away; one that was away longer is copied anew
     if settings.certificate is not None and settings.key is not None:
         values["ssl"] = "on"
         values["ssl_cert_file"] = str(settings.certificate)
@@ -83,6 +99,13 @@ def postgresql_conf(settings: ServerSettings) -> str:
         values["session_preload_libraries"] = "pgextwlist"
         values["extwlist.extensions"] = EXTENSIONS
     return "".join(f"{name} = {_quoted(value)}\n" for name, value in values.items())
+
+
+def conninfo(**options: str | int) -> str:
+    """How a server's program connects to another server. Nothing secret belongs here: others can read it."""
+    return " ".join(
+        "{}='{}'".format(name, str(value).replace("\\", "\\\\").replace("'", "\\'")) for name, value in options.items()
+    )
 
 
 def _quoted(value: str | int) -> str:

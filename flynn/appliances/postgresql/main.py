@@ -23,6 +23,7 @@ from flynn.appliances.postgresql.configuration import SUPERUSER
 from flynn.appliances.postgresql.postmaster import Installation
 from flynn.appliances.postgresql.provisioning import Connect, Connection, provisioning_api
 from flynn.appliances.postgresql.server import PostgreSQL, ServerConfig
+from flynn.appliances.sirenia.client import HttpNeighbours
 from flynn.appliances.sirenia.cluster_state import BadClusterState, parse_state
 from flynn.appliances.sirenia.evaluate import Me
 from flynn.appliances.sirenia.identity import ensure_instance_id
@@ -109,7 +110,7 @@ async def database_running(config: Config, registry: Registry, identity: Identit
     )
     database = PostgreSQL(settings, identity)
     me = Me(instance, ID_KEY, config.singleton)
-    peer = Peer(registry, config.service, me, database, SystemClock())
+    peer = Peer(registry, config.service, me, database, SystemClock(), HttpNeighbours(identity))
     leaving, registered, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def be_present() -> None:
@@ -127,12 +128,14 @@ async def database_running(config: Config, registry: Registry, identity: Identit
     api = management_api("postgres", peer, database, leave)
     async with supervisor() as spawn:
         spawn("postgres server", database.keep_running())
+        spawn("replication", database.keep_in_step())
         spawn("certificate", database.keep_certificate())
         spawn("presence", be_present())
         try:
             async with listen(api, "0.0.0.0", config.management_port, tls=identity):
                 await registered.wait()
                 spawn("follow the cluster", peer.follow())
+                spawn("look at the neighbours", peer.look())
                 spawn("act", peer.act())
                 yield
                 leaving.set()  # out of the directory first: nobody is to be sent to a server that stops

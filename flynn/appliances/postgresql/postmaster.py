@@ -74,7 +74,7 @@ async def ensure_data_directory(installation: Installation, data: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *installation.command("initdb", *arguments, "--auth=reject"),  # until pg_hba.conf is replaced by ours
         cwd=data.parent,
-        env=_environment(),
+        env=environment(),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -99,7 +99,7 @@ class Postmaster:
         await _end_stray(data)
         command: Sequence[str] = installation.command("postgres", "-D", str(data))
         process = await asyncio.create_subprocess_exec(
-            *command, cwd="/", env=_environment(), stdin=asyncio.subprocess.DEVNULL
+            *command, cwd="/", env=environment(), stdin=asyncio.subprocess.DEVNULL
         )
         return cls(process)
 
@@ -161,6 +161,6 @@ def _works_on(pid: int, data: Path) -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Nothing of ours: PG* variables would steer the server's programs, and passwords do not belong there."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "TZ": "UTC"}

@@ -1,7 +1,13 @@
 """PostgreSQL as a sirenia database.
 
-`apply` brings the server to a configuration; `keep_running` starts it again when it ends by itself; `keep_certificate`
-hands renewed certificates on. All of them, and `stop`, take turns by one lock.
+`apply` brings the server to a configuration, `hold` lets it acknowledge nothing. The endless tasks: `keep_running`
+starts it again when it ends by itself, `keep_in_step` watches over replication (writes are enabled when the downstream
+has caught up; a standby that cannot follow its upstream is rewound or copied), `keep_certificate` hands renewed
+certificates on. All of them, and `stop`, take turns by one lock.
+
+How an acknowledged write comes to be on two disks: the server waits for the confirmation of exactly one standby, named
+by its logical identity, from the moment it may write at all. Until there is one, it waits for a standby that does not
+exist. So `default_transaction_read_only`, which clients can override, is there to tell them, not to be relied upon.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,17 +26,22 @@ import psycopg
 from psycopg import AsyncConnection, sql
 
 from flynn.aio.backoff import Backoff
+from flynn.appliances.postgresql import wal
 from flynn.appliances.postgresql.configuration import (
     LOCAL_USER,
+    NOBODY,
     SUPERUSER,
     ServerSettings,
+    conninfo,
     pg_hba_conf,
     postgresql_conf,
 )
+from flynn.appliances.postgresql.following import DataDirectory
 from flynn.appliances.postgresql.postmaster import Installation, Postmaster, ensure_data_directory
-from flynn.appliances.sirenia.cluster_state import Role
-from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo
+from flynn.appliances.sirenia.cluster_state import Lineage, Role
+from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo, Held
 from flynn.identity import Identity
+from flynn.types.instance import Instance
 
 log = logging.getLogger(__name__)
 
@@ -41,28 +52,58 @@ CERTIFICATE_CHECK = timedelta(seconds=60)  # certificates are renewed hours befo
 RESTART = Backoff(first=timedelta(milliseconds=100), factor=2, limit=timedelta(seconds=10))
 STEADY = timedelta(minutes=1)  # a server that ran so long starts with the shortest pause again
 
+STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and the next one known by then
+PROMOTE_SECONDS = 60
+HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
+STEP_POLL = timedelta(milliseconds=100)
+STUCK = timedelta(seconds=10)  # a standby that gets nothing so long from an upstream that answers has lost its way
+
 Connection = AsyncConnection[tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     data: Path  # the volume; the cluster is in its directory `db`
-    run: Path  # sockets and certificate copies, reachable for us and the server only
+    run: Path  # sockets, certificate copies and the password file, reachable for us and the server only
     port: int
     password: str  # of the superuser
     peer_id: str
     installation: Installation
+    id_key: str = "POSTGRES_ID"  # which metadata of an instance carries the logical identity
+
+    @property
+    def passfile(self) -> Path:
+        return self.run / "pgpass"
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What the server's configuration says."""
+
+    standby: bool
+    upstream: Instance | None  # of a standby; None = it only replays what it has
+    sync: str  # whose confirmation commits wait for
+    read_only: bool
+    replicated: bool
 
 
 class PostgreSQL:
-    """Implements `sirenia.database.Database`. `keep_running` and `keep_certificate` belong to a supervisor."""
+    """Implements `sirenia.database.Database`. The `keep_` methods belong to a supervisor."""
 
-    zero_position = "0/00000000"
+    zero_position = wal.ZERO
 
     def __init__(self, config: ServerConfig, identity: Identity | None) -> None:
         self._config = config
         self._identity = identity
+        self._directory = DataDirectory(config.data, config.installation)
         self._wanted: DatabaseConfig | None = None
+        self._applied: DatabaseConfig | None = None  # what the server has been brought to; None = nobody knows
+        self._mode = Mode(standby=True, upstream=None, sync=NOBODY, read_only=True, replicated=True)
+        self._synced: Instance | None = None  # the downstream, once it was seen to have caught up
+        self._target = ""  # the log position it has to reach for that
+        self._rejoins = 0  # how often this standby was rewound or copied without getting through to its upstream
+        self._held = False
+        self._detail = ""
         self._postmaster: Postmaster | None = None
         self._became_ready = asyncio.Event()  # the superuser can come in with the password of the environment
         self._lock = asyncio.Lock()  # one start, stop or reload at a time
@@ -71,15 +112,33 @@ class PostgreSQL:
 
     # --- what sirenia asks for
 
+    def compare(self, a: str, b: str) -> int:
+        return wal.compare(a, b)
+
     async def apply(self, config: DatabaseConfig) -> None:
-        if config.role not in (Role.PRIMARY, Role.NONE):
-            raise DatabaseError(f"this database cannot be {config.role} yet: it does not replicate")
         async with self._lock:
-            self._wanted = config
-            if config.role is Role.NONE:
-                await self._stop()
-            elif not self._running:
-                await self._start()
+            self._wanted, self._held = config, False
+            try:
+                await self._bring_to(config)
+            finally:
+                self._detail = ""
+
+    async def hold(self) -> Held:
+        async with self._lock:
+            if not self._running or not self._became_ready.is_set():
+                raise DatabaseError("the server does not run")
+            self._applied, self._synced, self._held = None, None, True
+            try:
+                async with asyncio.timeout(HOLD_LIMIT.total_seconds()):
+                    return await (self._hold_standby() if self._mode.standby else self._hold_primary())
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                raise DatabaseError(f"cannot hold the server: {error or 'it takes too long'}") from error
+
+    async def record_lineage(self, lineage: Lineage) -> None:
+        self._directory.record(lineage)
+
+    def interrupt(self) -> None:
+        self._directory.interrupted.set()
 
     async def stop(self) -> None:
         async with self._lock:
@@ -88,21 +147,33 @@ class PostgreSQL:
 
     async def info(self) -> DatabaseInfo:
         running = self._running
-        position, user_exists, read_write = "", False, False
+        answer = Answer()
         if running:
             try:
                 async with asyncio.timeout(INFO_LIMIT.total_seconds()), self._probing:
-                    position, user_exists, read_write = await self._ask()
+                    answer = await self._ask()
             except (psycopg.Error, TimeoutError, OSError) as error:
                 log.debug("the server does not answer", extra={"error": error})
         return DatabaseInfo(
             config=self._wanted,
             running=running,
-            xlog=position,
-            user_exists=user_exists,
-            read_write=read_write
+            synced_downstream=self._synced,
+            xlog=answer.position,
+            user_exists=answer.user_exists,
+            read_write=answer.read_write
             and self._became_ready.is_set(),  # those who wait for this connect as the superuser next
+            connected=self._connected(answer),
+            lineage=self._directory.lineage,
+            detail=self._detail,
         )
+
+    def _connected(self, answer: Answer) -> list[str]:
+        upstream = self._mode.upstream
+        streaming = upstream is not None and answer.sender == (upstream.host, upstream.port)
+        return [*answer.standbys, *([self._identity_of(upstream)] if streaming and upstream else [])]
+
+    def _identity_of(self, instance: Instance) -> str:
+        return instance.meta.get(self._config.id_key) or instance.id
 
     # --- endless tasks
 
@@ -122,6 +193,7 @@ class PostgreSQL:
                 if self._postmaster is not postmaster:
                     continue  # it was stopped on purpose, and maybe another one runs by now
                 self._became_ready.clear()
+                self._applied, self._synced = None, None
                 log.error("the server ended by itself", extra={"pid": postmaster.pid, "status": status})
             if loop.time() - began > STEADY.total_seconds():
                 delays = RESTART.delays()
@@ -133,10 +205,10 @@ class PostgreSQL:
     async def _back_again(self) -> bool:
         """Start the server if it is wanted and down; False if that failed."""
         async with self._lock:
-            if self._running or self._wanted is None or self._wanted.role is Role.NONE:
-                return True
+            if self._running or self._held or self._wanted is None or self._wanted.role is Role.NONE:
+                return True  # one that was held comes back by `apply` only: until then it must not acknowledge
             try:
-                await self._start()
+                await self._bring_to(self._wanted)
             except DatabaseError as error:
                 log.error("the server did not start again", extra={"error": error})
                 return False
@@ -154,30 +226,324 @@ class PostgreSQL:
                     log.info("certificate renewed")
                     self._postmaster.reload()
 
-    # --- the steps; the lock is held
+    async def keep_in_step(self) -> None:
+        """See how replication gets on: enable writes when the downstream has caught up, help a standby that is lost."""
+        loop = asyncio.get_running_loop()
+        flowing = loop.time()
+        while True:
+            await asyncio.sleep(STEP_POLL.total_seconds())
+            config = self._applied
+            if config is None or self._lock.locked() or not self._became_ready.is_set():
+                flowing = loop.time()
+                continue
+            async with self._lock:
+                if self._applied is not config or not self._running:
+                    continue
+                try:
+                    if config.downstream is not None and self._synced is None:
+                        await self._check_downstream(config.downstream)
+                    if not self._mode.standby or await self._is_streaming():
+                        flowing, self._rejoins = loop.time(), 0
+                    elif loop.time() - flowing > STUCK.total_seconds():
+                        await self._find_the_way(config)
+                        flowing = loop.time()
+                except (psycopg.Error, OSError) as error:
+                    log.debug("cannot look after replication", extra={"error": error})
+                except DatabaseError as error:
+                    log.error("cannot follow the upstream", extra={"error": error})
+                    self._applied = None
+                    flowing = loop.time()
+
+    # --- becoming what is wanted; the lock is held
 
     @property
     def _running(self) -> bool:
         return self._postmaster is not None and self._postmaster.running
 
-    async def _start(self) -> None:
+    async def _bring_to(self, config: DatabaseConfig) -> None:
+        if self._running and self._became_ready.is_set() and self._unchanged(config):
+            self._applied = config
+            return
+        self._applied, self._synced, self._target = None, None, ""
+        match config.role:
+            case Role.NONE:
+                await self._stop()
+            case Role.PRIMARY:
+                await self._become_primary(config)
+            case Role.SYNC | Role.ASYNC:
+                await self._become_standby(config)
+            case _:
+                raise DatabaseError(f"a database cannot be {config.role}")
+        self._applied = config
+
+    def _unchanged(self, config: DatabaseConfig) -> bool:
+        """Whether only things differ that the server does not know of, such as the end of the chain."""
+        known = self._applied
+        if known is None or config.role is Role.NONE:
+            return False
+        primary, was_primary = config.role is Role.PRIMARY, known.role is Role.PRIMARY
+        if primary != was_primary or (primary and _generation(known) != _generation(config)):
+            return False
+        return (_address(known.upstream), _address(known.downstream)) == (
+            _address(config.upstream),
+            _address(config.downstream),
+        )
+
+    async def _become_primary(self, config: DatabaseConfig) -> None:
+        state, downstream = config.state, config.downstream
+        assert state is not None  # nobody is primary without a state
+        if downstream is None and not state.singleton:
+            raise DatabaseError("a primary needs a downstream, unless it is the only member of its cluster")
+        mode = Mode(
+            standby=False,
+            upstream=None,
+            sync=self._identity_of(downstream) if downstream else "",
+            read_only=not state.singleton,
+            replicated=not state.singleton,
+        )
+        if self._running and not self._became_ready.is_set():
+            await self._stop()
+        if self._running:
+            changes_alone = bool(self._mode.sync) != bool(mode.sync)
+            was_standby = self._mode.standby
+            if changes_alone and not was_standby:
+                await self._restart(mode)
+            else:
+                self._configure(mode)
+        else:
+            lineage = self._directory.lineage
+            if not self._directory.exists and lineage is not None:
+                raise DatabaseError("the data of this primary are missing, and a new database would not be the same")
+            await self._prepare()
+            await ensure_data_directory(self._config.installation, self._directory.path)
+            await self._start(mode)
+        if self._directory.is_standby:
+            await self._promote()
+        await self._ensure_superuser()
+        if not state.singleton or self._directory.lineage is not None:
+            self._directory.record(Lineage(generation=state.generation, primary=self._config.peer_id))
+        self._became_ready.set()
+        log.info("the server is ready", extra={"role": config.role, "port": self._config.port})
+
+    async def _become_standby(self, config: DatabaseConfig) -> None:
+        upstream = config.upstream
+        if upstream is None:
+            raise DatabaseError(f"{config.role} without an upstream")
+        mode = Mode(standby=True, upstream=upstream, sync=NOBODY, read_only=True, replicated=True)
+        if self._running and (not self._mode.standby or not self._became_ready.is_set()):
+            await self._stop()
+        if self._running:
+            self._configure(mode)
+            return
+        await self._prepare()
+        if not self._directory.exists:
+            await self._copy(upstream)
+        elif not self._directory.is_standby:
+            await self._rewind_or_copy(upstream)
+        await self._start(mode, STANDBY_START_LIMIT)
+        self._became_ready.set()
+        log.info("the server is ready", extra={"role": config.role, "upstream": upstream.addr})
+
+    async def _find_the_way(self, config: DatabaseConfig) -> None:
+        """A standby gets nothing from an upstream that is well: take its data back to where they went apart."""
+        upstream = config.upstream
+        if upstream is None or not await self._answers(upstream):
+            return
+        self._rejoins += 1
+        log.warning("the upstream does not send", extra={"upstream": upstream.addr, "attempt": self._rejoins})
+        mode = self._mode
+        await self._stop()
+        if self._rejoins == 1:
+            await self._rewind_or_copy(upstream)
+        else:
+            await self._copy(upstream)
+        await self._start(mode, STANDBY_START_LIMIT)
+        self._became_ready.set()
+
+    async def _rewind_or_copy(self, upstream: Instance) -> None:
+        if not await self._answers(upstream):
+            raise DatabaseError(f"the upstream {upstream.addr} does not answer, so nothing can be taken back")
+        self._detail = "rewinding"
+        try:
+            await self._directory.rewind(self._source(upstream))
+        except DatabaseError as error:
+            log.warning("rewinding failed", extra={"error": error})
+            await self._copy(upstream)
+
+    async def _copy(self, upstream: Instance) -> None:
+        if not await self._answers(upstream):
+            raise DatabaseError(f"the upstream {upstream.addr} does not answer, so there is nothing to copy")
+        self._detail = "copying the upstream"
+        await self._directory.copy(self._source(upstream))
+
+    async def _answers(self, upstream: Instance) -> bool:
+        """Whether the upstream lets us in. A primary writes a checkpoint: only then others see its timeline."""
+        try:
+            async with await AsyncConnection.connect(
+                self._source(upstream, dbname="postgres"), password=self._config.password, autocommit=True
+            ) as connection:
+                cursor = await connection.execute("SELECT pg_is_in_recovery()")
+                row = await cursor.fetchone()
+                if row is not None and not row[0]:
+                    await connection.execute("CHECKPOINT")
+            return True
+        except (psycopg.Error, OSError) as error:
+            log.info("the upstream does not answer", extra={"upstream": upstream.addr, "error": error})
+            return False
+
+    def _source(self, upstream: Instance, dbname: str = "postgres") -> str:
+        return conninfo(
+            host=upstream.host,
+            port=upstream.port,
+            user=SUPERUSER,
+            dbname=dbname,
+            passfile=str(self._config.passfile),
+            application_name=self._config.peer_id,
+            sslmode="verify-full",
+            sslrootcert=str(self._config.run / "ca.crt"),
+            connect_timeout=3,
+            keepalives_idle=5,
+            keepalives_interval=2,
+            keepalives_count=3,
+        )
+
+    # --- holding
+
+    async def _hold_primary(self) -> Held:
+        mode = replace(self._mode, sync=NOBODY, read_only=True, replicated=True)
+        if self._mode.sync:
+            self._configure(mode)
+        else:
+            # From "wait for nobody" to "wait": only a new server is sure to know in all of its processes.
+            await self._restart(mode)
+        confirmed, position = 0, ""
+        while confirmed < 2:
+            # A new connection has the postmaster's configuration, and a sender's priority is set by the sender itself.
+            async with self._local_connection() as connection:
+                cursor = await connection.execute(
+                    "SELECT current_setting('synchronous_standby_names') LIKE %s"
+                    " AND NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_priority > 0),"
+                    " pg_current_wal_flush_lsn()::text",
+                    [f"%{NOBODY}%"],
+                )
+                row = await cursor.fetchone()
+            assert row is not None
+            confirmed, position = confirmed + 1 if row[0] else 0, str(row[1])
+            await asyncio.sleep(0.01)
+        return Held(received=position, usable=position)
+
+    async def _hold_standby(self) -> Held:
+        self._configure(replace(self._mode, upstream=None))
+        last = None
+        async with self._local_connection() as connection:
+            while True:
+                # Idle: the log on disk has been replayed to its end, and there is no receiver to make it longer.
+                cursor = await connection.execute(
+                    "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver) AND EXISTS (SELECT FROM pg_stat_activity"
+                    " WHERE backend_type = 'startup' AND wait_event = 'RecoveryRetrieveRetryInterval'),"
+                    " coalesce(pg_last_wal_receive_lsn(), '0/0')::text, coalesce(pg_last_wal_replay_lsn(), '0/0')::text"
+                )
+                row = await cursor.fetchone()
+                assert row is not None
+                idle, received, replayed = row
+                if idle and last == (received, replayed):
+                    return Held(received=wal.later(received, replayed), usable=replayed)
+                last = (received, replayed) if idle else None
+                await asyncio.sleep(0.01)
+
+    # --- replication in step
+
+    async def _check_downstream(self, downstream: Instance) -> None:
+        """Note that the downstream has all there was when the question came up; a primary may be written to then."""
+        async with self._local_connection() as connection:
+            if not self._target:
+                cursor = await connection.execute(
+                    "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
+                    " ELSE pg_current_wal_flush_lsn() END)::text"
+                )
+                row = await cursor.fetchone()
+                self._target = row[0] if row and row[0] else ""
+                if not self._target:
+                    return
+            cursor = await connection.execute(
+                "SELECT FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
+                " AND flush_lsn >= %s::pg_lsn AND (sync_state = 'sync' OR %s)",
+                [self._identity_of(downstream), self._target, self._mode.standby],
+            )
+            if await cursor.fetchone() is None:
+                return
+        self._synced = downstream
+        if self._mode.read_only and not self._mode.standby:
+            self._configure(replace(self._mode, read_only=False))
+        log.info("the downstream has caught up", extra={"downstream": downstream.addr, "at": self._target})
+
+    async def _is_streaming(self) -> bool:
+        upstream = self._mode.upstream
+        async with asyncio.timeout(INFO_LIMIT.total_seconds()), self._probing:
+            answer = await self._ask()
+        return upstream is not None and answer.sender == (upstream.host, upstream.port)
+
+    # --- the steps
+
+    async def _prepare(self) -> None:
         config = self._config
-        data = config.data / "db"
         try:
             os.chmod(config.data, 0o755)  # the server's user has to get through to its own directory
             config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
             config.installation.own(config.run)
-            await ensure_data_directory(config.installation, data)
             self._copy_certificate()
+        except OSError as error:
+            raise DatabaseError(f"cannot prepare the server: {error}") from error
+
+    async def _start(self, mode: Mode, limit: timedelta | None = None) -> None:
+        config, data = self._config, self._directory.path
+        await self._prepare()
+        try:
+            self._mode = mode
             self._write(data / "pg_hba.conf", pg_hba_conf())
             self._write(data / "postgresql.conf", postgresql_conf(self._settings()))
             self._postmaster = await Postmaster.start(config.installation, data)
         except OSError as error:
             raise DatabaseError(f"cannot start the server: {error}") from error
-        await self._wait_until_ready(self._postmaster)
-        await self._ensure_superuser()
+        await self._wait_until_ready(self._postmaster, limit or START_LIMIT)
+
+    async def _restart(self, mode: Mode) -> None:
+        await self._stop()
+        await self._start(mode)
         self._became_ready.set()
-        log.info("the server is ready", extra={"pid": self._postmaster.pid, "port": config.port})
+
+    def _configure(self, mode: Mode) -> None:
+        """Let the running server read its configuration anew, if it is another one."""
+        assert self._postmaster is not None  # the caller checked
+        try:
+            if mode != self._mode:
+                self._mode = mode
+                self._write(self._directory.path / "postgresql.conf", postgresql_conf(self._settings()))
+                self._postmaster.reload()
+        except OSError as error:
+            raise DatabaseError(f"cannot configure the server: {error}") from error
+
+    async def _promote(self) -> None:
+        try:
+            async with self._local_connection() as connection:
+                # The configuration that names the sync has to be known before the first write is possible.
+                await self._reloaded(connection)
+                cursor = await connection.execute("SELECT pg_promote(true, %s)", [PROMOTE_SECONDS])
+                row = await cursor.fetchone()
+        except (psycopg.Error, OSError) as error:
+            raise DatabaseError(f"cannot promote the server: {error}") from error
+        if row is None or not row[0]:
+            raise DatabaseError(f"the server was not promoted within {PROMOTE_SECONDS} s")
+        log.info("promoted")
+
+    async def _reloaded(self, connection: Connection) -> None:
+        """Return when the server works by the name of the sync that is in its configuration."""
+        async with asyncio.timeout(INFO_LIMIT.total_seconds()):
+            while True:
+                row = await (await connection.execute("SHOW synchronous_standby_names")).fetchone()
+                if row is not None and self._mode.sync in row[0]:
+                    return
+                await asyncio.sleep(0.01)
 
     async def _stop(self) -> None:
         postmaster, self._postmaster = self._postmaster, None
@@ -188,13 +554,17 @@ class PostgreSQL:
             log.info("the server has stopped")
 
     def _settings(self) -> ServerSettings:
-        config = self._config
+        config, mode = self._config, self._mode
         return ServerSettings(
             port=config.port,
             socket_directory=config.run,
             certificate=config.run / "server.crt" if self._identity else None,
             key=config.run / "server.key" if self._identity else None,
             peer_id=config.peer_id,
+            read_only=mode.read_only,
+            replicated=mode.replicated,
+            sync=mode.sync,
+            primary_conninfo=self._source(mode.upstream) if mode.upstream is not None else "",
             extension_whitelist=config.installation.extension_whitelist,
         )
 
@@ -202,9 +572,11 @@ class PostgreSQL:
         """Copy the identity to where the server's user can read it; returns whether it is a new one."""
         if self._identity is None:
             return False
-        new = False
+        new = not self._config.passfile.exists()
+        if new:
+            self._write(self._config.passfile, f"*:*:*:{SUPERUSER}:{_escaped(self._config.password)}\n")
         # The key first: the server reads both at one moment, when it is told to, after both are in place.
-        for source, target in (("key.pem", "server.key"), ("cert.pem", "server.crt")):
+        for source, target in (("key.pem", "server.key"), ("cert.pem", "server.crt"), ("ca.pem", "ca.crt")):
             content = (self._identity.directory / source).read_text()
             path = self._config.run / target
             if not path.exists() or path.read_text() != content:
@@ -222,9 +594,9 @@ class PostgreSQL:
         self._config.installation.own(beside)
         beside.rename(path)
 
-    async def _wait_until_ready(self, postmaster: Postmaster) -> None:
+    async def _wait_until_ready(self, postmaster: Postmaster, limit: timedelta) -> None:
         try:
-            async with asyncio.timeout(START_LIMIT.total_seconds()):
+            async with asyncio.timeout(limit.total_seconds()):
                 while True:
                     try:
                         async with self._local_connection() as connection:
@@ -236,7 +608,7 @@ class PostgreSQL:
                     await asyncio.sleep(START_POLL.total_seconds())
         except TimeoutError as error:
             await postmaster.stop()
-            raise DatabaseError(f"the server was not ready after {START_LIMIT}") from error
+            raise DatabaseError(f"the server was not ready after {limit}") from error
 
     async def _ensure_superuser(self) -> None:
         """The password in the environment is the truth: a changed one takes effect at the next start."""
@@ -250,6 +622,8 @@ class PostgreSQL:
                 ).fetchone()
                 verb = sql.SQL("CREATE" if known is None else "ALTER")
                 await connection.execute("SET default_transaction_read_only = off")
+                # The sync copies us by means of this very role, so nobody can confirm it yet.
+                await connection.execute("SET synchronous_commit = local")
                 await connection.execute(
                     sql.SQL(
                         "{} ROLE {} WITH LOGIN SUPERUSER CREATEDB CREATEROLE REPLICATION BYPASSRLS PASSWORD {}"
@@ -279,17 +653,20 @@ class PostgreSQL:
             autocommit=True,
         )
 
-    async def _ask(self) -> tuple[str, bool, bool]:
-        """Log position, whether the superuser exists, whether writes are accepted."""
+    async def _ask(self) -> Answer:
         if self._probe is None or self._probe.closed:
             self._probe = await self._connect()
         try:
             cursor = await self._probe.execute(
-                "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
-                " ELSE pg_current_wal_lsn() END::text,"
+                "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
+                " ELSE pg_current_wal_lsn() END)::text,"
                 " EXISTS (SELECT FROM pg_roles WHERE rolname = %s),"
                 " (SELECT setting = 'off' FROM pg_settings WHERE name = 'default_transaction_read_only')"
-                " AND NOT pg_is_in_recovery()",
+                " AND NOT pg_is_in_recovery(),"
+                " ARRAY(SELECT application_name FROM pg_stat_replication WHERE state = 'streaming'),"
+                # An idle upstream is asked for a sign of life after half of the receiver's timeout.
+                " (SELECT ARRAY[sender_host, sender_port::text] FROM pg_stat_wal_receiver"
+                "  WHERE status = 'streaming' AND last_msg_receipt_time > clock_timestamp() - interval '3 s')",
                 [SUPERUSER],
             )
             row = await cursor.fetchone()
@@ -297,9 +674,39 @@ class PostgreSQL:
             await self._close_probe()
             raise
         assert row is not None
-        return str(row[0] or ""), bool(row[1]), bool(row[2])
+        position, user_exists, read_write, standbys, sender = row
+        return Answer(
+            str(position or ""),
+            bool(user_exists),
+            bool(read_write),
+            tuple(standbys),
+            (sender[0], int(sender[1])) if sender and sender[0] else None,
+        )
 
     async def _close_probe(self) -> None:
         probe, self._probe = self._probe, None
         if probe is not None:
             await probe.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server says when it is asked; the defaults are those of one that does not answer."""
+
+    position: str = ""
+    user_exists: bool = False
+    read_write: bool = False
+    standbys: tuple[str, ...] = ()  # who receives from it
+    sender: tuple[str, int] | None = None  # from whom it receives
+
+
+def _address(instance: Instance | None) -> tuple[str, str] | None:
+    return None if instance is None else (instance.id, instance.addr)
+
+
+def _generation(config: DatabaseConfig) -> int:
+    return config.state.generation if config.state is not None else 0
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace(":", "\\:")

@@ -47,6 +47,18 @@ class ClusterState(Wire):
     deposed: list[Instance] = []
 
 
+class Lineage(Wire):
+    """What a peer's data descend from: kept beside the data, written only while replication was seen to flow.
+
+    Log positions can only be compared within one history. A former primary may be *ahead* of everybody with writes
+    that nobody else has; what makes a copy trustworthy is to have followed the members of the cluster.
+    """
+
+    generation: int
+    primary: str = ""  # logical ids
+    upstream: str = ""
+
+
 class BadClusterState(Exception):
     """The service's metadata is not a cluster state; the last good one stays in force."""
 

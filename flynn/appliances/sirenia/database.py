@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from flynn.appliances.sirenia.cluster_state import ClusterState, Role
+from flynn.appliances.sirenia.cluster_state import ClusterState, Lineage, Role
 from flynn.types.codec import Wire, always
 from flynn.types.instance import Instance
 
@@ -19,7 +19,7 @@ class DatabaseConfig(Wire):
 
 
 class DatabaseInfo(Wire):
-    """What the database says about itself. Every key is always there: clients dereference them blindly."""
+    """What the database says about itself. The first six keys are always there: clients dereference them blindly."""
 
     config: DatabaseConfig | None = always(None)
     running: bool = always(False)
@@ -27,6 +27,16 @@ class DatabaseInfo(Wire):
     xlog: str = always("")
     user_exists: bool = always(False)
     read_write: bool = always(False)
+    connected: list[str] = []  # logical ids of the neighbours with whom replication flows right now
+    lineage: Lineage | None = None
+    detail: str = ""  # what it is busy with, for people
+
+
+class Held(Wire):
+    """How far a database that acknowledges nothing any more has come."""
+
+    received: str  # everything up to here is safe on this disk
+    usable: str  # everything up to here will be there after a promotion
 
 
 class DatabaseError(Exception):
@@ -36,14 +46,31 @@ class DatabaseError(Exception):
 class Database(Protocol):
     zero_position: str  # the log position before anything was written
 
+    def compare(self, a: str, b: str) -> int:
+        """-1, 0 or 1 as `a` is before, at or after `b` in the log. Raises ValueError for what is no position."""
+
     async def apply(self, config: DatabaseConfig) -> None:
         """Bring the database to `config` and return when it is there; with role none it is stopped.
 
-        Applying the same again does nothing. May take minutes. Raises DatabaseError; the caller tries again.
+        Applying the same again does nothing, but it ends a `hold`. Making a copy of the upstream may take minutes;
+        a primary becomes writable later, when its downstream has caught up. Raises DatabaseError; the caller tries
+        again.
         """
+
+    async def hold(self) -> Held:
+        """Stop to acknowledge: as a primary no write, as a standby nothing to the upstream, until the next `apply`.
+
+        What this returns is final: nobody was or will be told that something beyond it is safe here. Raises
+        DatabaseError.
+        """
+
+    async def record_lineage(self, lineage: Lineage) -> None: ...
 
     async def info(self) -> DatabaseInfo:
         """Never fails: what cannot be found out keeps its zero value."""
+
+    def interrupt(self) -> None:
+        """Before `stop`: give up what takes long, so that a pending `apply` raises DatabaseError soon."""
 
     async def stop(self) -> None:
         """Stop the server in an orderly way; clients are cut off, committed work is safe."""

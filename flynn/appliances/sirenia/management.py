@@ -15,6 +15,10 @@ from flynn.types.status import Health, Status
 OPERATORS = access("operator", "host", "app:controller")
 
 
+class FreezeRequest(Wire):
+    reason: str = "frozen by an operator"
+
+
 class ApplianceStatus(Wire):
     peer: PeerInfo
     database: DatabaseInfo
@@ -59,7 +63,15 @@ def management_api(name: str, peer: Peer, database: Database, leave: Callable[[]
     async def stop(request: Request) -> None:
         await leave()
 
+    async def freeze(request: Request) -> None:
+        await peer.freeze((await request.body(FreezeRequest)).reason)
+
+    async def unfreeze(request: Request) -> None:
+        await peer.unfreeze()
+
     api = Api(name, status=health)
     api.route("GET", "/status", get_status, allow=INSIDERS)
     api.route("POST", "/stop", stop, allow=OPERATORS)
+    api.route("POST", "/freeze", freeze, allow=OPERATORS)
+    api.route("POST", "/unfreeze", unfreeze, allow=OPERATORS)
     return api

@@ -73,8 +73,6 @@ def test_decision(cluster: Cluster, role: Role, written: ClusterState | None) ->
     ("me", "cluster"),
     [
         pytest.param(ME, Cluster((N1,), N1, replace(STATE, singleton=False)), id="singleton in a replicated cluster"),
-        pytest.param(Me(N1, "ID", singleton=False), Cluster((N1,), N1, STATE), id="replicated in a singleton cluster"),
-        pytest.param(Me(N1, "ID", singleton=False), Cluster((N1, N2)), id="a replicated cluster from scratch"),
     ],
 )
 def test_what_only_a_person_can_resolve(me: Me, cluster: Cluster) -> None:

@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from flynn.aio.backoff import Backoff
 from flynn.aio.supervisor import supervisor
-from flynn.appliances.sirenia.cluster_state import ClusterState, Role, parse_state
-from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo
+from flynn.appliances.sirenia.cluster_state import ClusterState, Lineage, Role, parse_state
+from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo, Held
 from flynn.appliances.sirenia.evaluate import Me
 from flynn.appliances.sirenia.peer import Peer
 from flynn.discoverd.memory import MemoryRegistry
@@ -16,6 +17,7 @@ from flynn.types.codec import builtins, replace
 from flynn.types.instance import Instance, LeaderType, ServiceMeta
 
 SERVICE = "postgres"
+AT_ONCE = Backoff(first=timedelta(milliseconds=1), factor=1)
 N1 = Instance.at("10.0.0.1:5432", "tcp", {"ID": "p1"})
 N2 = Instance.at("10.0.0.2:5432", "tcp", {"ID": "p2"})
 
@@ -50,6 +52,18 @@ class RememberingDatabase:
     async def info(self) -> DatabaseInfo:
         return DatabaseInfo(running=bool(self.applied) and not self.stopped)
 
+    def compare(self, a: str, b: str) -> int:
+        return (a > b) - (a < b)
+
+    async def hold(self) -> Held:
+        return Held(received="0/00000001", usable="0/00000001")
+
+    async def record_lineage(self, lineage: Lineage) -> None:
+        return None
+
+    def interrupt(self) -> None:
+        return None
+
     async def stop(self) -> None:
         self.stopped = True
 
@@ -58,7 +72,7 @@ class RememberingDatabase:
 async def peer_running(
     registry: MemoryRegistry, database: RememberingDatabase, own: Instance = N1
 ) -> AsyncIterator[Peer]:
-    peer = Peer(registry, SERVICE, Me(own, "ID", singleton=True), database, ImpatientClock())
+    peer = Peer(registry, SERVICE, Me(own, "ID", singleton=True), database, ImpatientClock(), retry=AT_ONCE)
     async with registry.registered(SERVICE, own, leader_type=LeaderType.MANUAL), supervisor() as spawn:
         spawn("follow", peer.follow())
         spawn("act", peer.act())

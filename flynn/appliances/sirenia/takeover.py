@@ -1,0 +1,59 @@
+"""A new generation: who may declare it, and on what evidence. Pure. See spec/appliances section 4.4.
+
+A peer that wants to declare one first *holds* its database, so that from then on nobody is told any more that a write
+is safe on it. Only then its log position means something: whatever was ever acknowledged with its help is below. The
+state it then writes by compare-and-set carries that position as `init_wal`, and whoever takes over next must have got
+at least so far. That no acknowledged write is lost follows from three things:
+
+1. In a generation, a write is acknowledged only when primary *and* sync have it on disk.
+2. A sync takes over only with all that was acknowledged before its generation (position) in the same history (lineage).
+3. A primary that replaces its sync, and a sync that replaces its primary, have stopped to acknowledge before.
+
+So a takeover is safe even when the one who seemed gone is not: detection decides about speed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flynn.appliances.sirenia.cluster_state import ClusterState, Lineage
+from flynn.types.codec import replace
+
+Compare = Callable[[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    reason: str
+    state: ClusterState  # to be declared; only its position is open yet
+    minimum: str  # the position to have reached, empty = any
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: str
+
+
+def declare(takeover: Takeover, received: str, usable: str, compare: Compare) -> ClusterState | Refused:
+    """The state to write, given how far the held database has come."""
+    try:
+        behind = bool(takeover.minimum) and compare(received, takeover.minimum) < 0
+    except ValueError as error:
+        return Refused(f"positions cannot be compared: {error}")
+    if behind:
+        return Refused(f"not caught up: {received} is before {takeover.minimum}")
+    return replace(takeover.state, init_wal=usable)
+
+
+def follows(lineage: Lineage | None, state: ClusterState, primary: str) -> bool:
+    """Whether data of this lineage are a beginning of what the primary of `state` has, so that positions compare.
+
+    Those of the generation itself are. Those of the one before are if the primary is the same, or is the one from whom
+    they came: it had all of them before it took over.
+    """
+    if lineage is None:
+        return False
+    if lineage.generation == state.generation:
+        return True
+    return lineage.generation == state.generation - 1 and primary in (lineage.primary, lineage.upstream)
