@@ -4,6 +4,9 @@ Reads and streams are answered by every member from its own state. Writes are fo
 caller there (307), or says 503 "try again" while nobody leads. An operator on loopback could not go there, having no
 certificate, so for him the member asks the leader itself.
 
+A node that is no member observes: it has the whole directory and answers reads like a member, names included. A node
+that has not heard from the leader for a while goes on with what it knows and says so: `Discoverd-Stale: <seconds>`.
+
 Deviations, on purpose: who speaks here is known (certificate, or the host's key on loopback), so there is no open mode;
 bad or empty JSON is always 400; the header pairs that old clients send and read are both written; removing a service
 ends its heartbeats with 404.
@@ -11,27 +14,35 @@ ends its heartbeats with 404.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
+from flynn.aio.backoff import Backoff, attempts
 from flynn.discoverd.directory import LiveDirectory
 from flynn.discoverd.membership import http_address, raft_address
 from flynn.http.client import HttpClient
 from flynn.http.server import Api, EventStream, Raw, Request
 from flynn.identity import INSIDERS, Identity, PeerKind, access
 from flynn.types.codec import Wire, always
-from flynn.types.errors import NotFound, ServiceUnavailable
+from flynn.types.errors import ApiError, Conflict, NotFound, ServiceUnavailable
 from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceConfig, ServiceMeta
 from flynn.types.status import Health, Status
 from flynn.version import VERSION
 
+T = TypeVar("T")
+
 ADMINS = access("operator", "host", "app:discoverd")
 
 FORWARD_SECONDS = 10.0
+STALE_SECONDS = 3.0  # a new leader is found in half that time
+ASK_LIMIT = timedelta(seconds=15)
+HAND_OVER_LIMIT = timedelta(seconds=10)
+ROUNDS = Backoff(first=timedelta(milliseconds=200), factor=1.5, limit=timedelta(seconds=1))
 MAX_BODY_BYTES = 4 * 1024 * 1024  # every member keeps all of it in memory
 
 INSTANCE_EVENTS = frozenset({EventKind.UP, EventKind.UPDATE, EventKind.DOWN})
@@ -96,6 +107,7 @@ class DiscoverdApi:
         for method, path, handler in membership:
             api.route(method, path, self._at_leader(handler), allow=ADMINS)
         api.route("POST", "/raft/promote", self._promote, allow=ADMINS)
+        api.route("POST", "/raft/demote", self._demote, allow=ADMINS)
         api.route("POST", "/shutdown", self._shutdown, allow=ADMINS)
         return api
 
@@ -181,11 +193,59 @@ class DiscoverdApi:
 
     async def _remove_peer(self, request: Request) -> None:
         peer = raft_address(request.path("peer"))
+        if peer == raft_address(self.address):
+            await self._hand_over()
+            raise ServiceUnavailable("another member leads now, ask again")
         if peer in self.directory.raft.members:
             await self.directory.raft.remove_member(peer)
 
     async def _promote(self, request: Request) -> None:
-        """Whoever runs this code is a member already."""
+        """Become a member; returns when this node has all that the others have."""
+        others = self.members
+        path = f"/raft/peers/{self.address}"
+
+        async def announce() -> int:
+            return (await self._ask(others, "PUT", path, TargetIndex)).last_index
+
+        await self.directory.promote(announce)
+
+    async def _demote(self, request: Request) -> None:
+        """Cease to be a member, leading or not."""
+        others = [member for member in self.members if member != self.address]
+        if not self.directory.raft.is_member:
+            return
+        if not others:
+            raise Conflict("the only member cannot be demoted")
+        if self.directory.raft.is_leader:
+            await self._hand_over()
+        await self._ask(others, "DELETE", f"/raft/peers/{self.address}", None)
+        await self.directory.demote([raft_address(other) for other in others])
+
+    async def _hand_over(self) -> None:
+        """Returns when another member leads. Raises Conflict if there is none, ServiceUnavailable if none would."""
+        raft = self.directory.raft
+        if len(raft.members) == 1:
+            raise Conflict("the only member cannot be removed")
+        async for _ in attempts(ROUNDS, HAND_OVER_LIMIT):
+            if raft.is_leader:
+                await raft.hand_over()
+            elif raft.leader is not None:
+                return
+        raise ServiceUnavailable("no other member took over the lead")
+
+    async def _ask(self, members: Sequence[str], method: str, path: str, answer: type[T] | None) -> T:
+        """Ask until some member, or the leader it names, has done it."""
+        last: ApiError = ServiceUnavailable("there is no other member")
+        async for _ in attempts(ROUNDS, ASK_LIMIT):
+            for member in members:
+                async with HttpClient(f"https://{member}", tls=self.identity, timeout=FORWARD_SECONDS) as http:
+                    try:
+                        return await http.call(method, path, answer=answer)  # type: ignore[return-value]
+                    except ApiError as error:
+                        if not error.retry:
+                            raise
+                        last = error
+        raise last
 
     async def _shutdown(self, request: Request) -> TargetIndex:
         self.shut_down()
@@ -219,8 +279,11 @@ class DiscoverdApi:
 
     def _headers(self, request: Request) -> Mapping[str, str]:
         peers, index = ",".join(self.members), str(self.directory.raft.index)
+        silence = self.directory.raft.silence
+        stale = {"Discoverd-Stale": f"{silence:.0f}"} if silence > STALE_SECONDS else {}
         # Servers of the original write the first pair, its clients read the second.
         return {
+            **stale,
             "Discoverd-Peers": peers,
             "Discoverd-Index": index,
             "Discoverd-Current-Peers": peers,
@@ -231,9 +294,10 @@ class DiscoverdApi:
         raft = self.directory.raft
         leader = raft.leader
         return Status(
-            status=Health.HEALTHY if leader else Health.UNHEALTHY,
+            status=Health.HEALTHY if leader and raft.silence < STALE_SECONDS else Health.UNHEALTHY,
             detail={
-                "role": "leader" if raft.is_leader else "follower",
+                "role": "leader" if raft.is_leader else "follower" if raft.is_member else "observer",
+                "stale_seconds": round(raft.silence, 1),
                 "leader": http_address(leader) if leader else None,
                 "members": self.members,
                 "index": raft.index,

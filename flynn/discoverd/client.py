@@ -48,10 +48,11 @@ class Discoverd:
     """A client of one cluster's directory. Open it with `async with`."""
 
     def __init__(self, endpoints: Sequence[HttpClient]) -> None:
+        """`endpoints`: the nearest first."""
         if not endpoints:
             raise ValueError("a client of discoverd needs at least one endpoint")
         self._endpoints = list(endpoints)
-        self._preferred = random.randrange(len(endpoints))  # where to begin; then the endpoint that answered last
+        self._preferred = 0  # the nearest; then the endpoint that answered last
 
     @classmethod
     def connect(
@@ -167,12 +168,15 @@ class Discoverd:
     async def watch(self, service: str) -> AsyncGenerator[DiscoverdEvent, None]:
         replay = Replay(service)
         delays = RECONNECT.delays()
+        tried = 0
         while True:
+            # The nearest first, always: it goes silent only together with whoever is watching.
+            http = self._endpoints[tried % len(self._endpoints)]
+            tried += 1
             try:
-                http = self._endpoints[self._preferred]
                 async with http.subscribed(f"/services/{service}", DiscoverdEvent) as events:
                     async for event in events:
-                        delays = RECONNECT.delays()
+                        delays, tried = RECONNECT.delays(), 0
                         for news in replay.feed(event):
                             yield news
             except HOPELESS:
@@ -180,7 +184,6 @@ class Discoverd:
             except ApiError as error:
                 log.debug("watch interrupted", extra={"service": service, "error": error})
             replay.disconnected()
-            self._next_endpoint(http)
             await asyncio.sleep(next(delays))
 
     async def watch_leader(self, service: str) -> AsyncGenerator[Instance | None, None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 from flynn.aio.broadcast import Broadcast
@@ -23,17 +24,29 @@ from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceMet
 
 log = logging.getLogger(__name__)
 
+CATCH_UP_LIMIT = 60.0  # seconds a new member may take
 WATCHER_LIMIT = 1000  # live events a watcher may be behind, so that a host lost at once does not cut every stream
 
 Publish = Callable[[store.Directory, Sequence[DiscoverdEvent]], None]
 
 
 class ReplicatedStore:
-    """The state machine that Raft drives, in Raft's thread; every change is published in order."""
+    """The state machine that Raft drives, in Raft's thread; every change is published in order.
 
-    def __init__(self, publish: Publish) -> None:
-        self._publish = publish
+    With `shown`, the log is replayed for watchers who have seen all up to there: they hear what is new.
+    """
+
+    def __init__(self, publish: Publish, shown: store.Directory | None = None) -> None:
+        self._tell = publish
+        self._shown = shown
         self._state = store.Directory()
+
+    def _publish(self, state: store.Directory, events: Sequence[DiscoverdEvent]) -> None:
+        if self._shown is not None:
+            if state.index < self._shown.index:
+                return
+            events, self._shown = _news(self._shown, state), None
+        self._tell(state, events)
 
     def apply(self, index: int, command: bytes) -> store.Directory | ApiError:
         """The state after the command, or why it was refused."""
@@ -53,17 +66,18 @@ class ReplicatedStore:
     def restore(self, index: int, state: bytes) -> None:
         """A member that was sent a snapshot tells its watchers what they missed."""
         before, self._state = self._state, store.skip(store.decode_state(state), index)
-        names = sorted({*before.services, *self._state.services})
-        news = [event for name in names for event in differences(name, _view(before, name), _view(self._state, name))]
-        self._publish(self._state, news)
+        self._publish(self._state, _news(before, self._state))
 
 
 class LiveDirectory:
     """Made by `running`."""
 
-    def __init__(self, clock: Clock, ttl: timedelta) -> None:
+    def __init__(self, config: raft.RaftConfig, clock: Clock, ttl: timedelta) -> None:
         self.state = store.Directory()
         self.raft: raft.RaftNode
+        self._config = config
+        self._open = AsyncExitStack()  # of the Raft node
+        self._switching = asyncio.Lock()  # one change of our role at a time
         self._clock = clock
         self._ttl = ttl
         self._changes: dict[str, Broadcast[DiscoverdEvent]] = {}
@@ -143,9 +157,58 @@ class LiveDirectory:
                 changes.send(event)
 
     def leadership_changed(self, leading: bool) -> None:
-        log.info("leadership changed", extra={"leading": leading})
+        if leading or self._leading_since is not None:
+            log.info("leadership changed", extra={"leading": leading})
         self._leading_since = None
         self._leadership.set()
+
+    # Our own role.
+
+    async def open(self) -> None:
+        """Take part in the cluster as what the disk says, at the first start as what the configuration says."""
+        await self._start(self._config, None)
+
+    async def close(self) -> None:
+        await self._open.aclose()
+
+    async def promote(self, announce: Callable[[], Awaitable[int]]) -> None:
+        """Become a member. `announce` tells the leader, and gives the index up to which we have to catch up.
+
+        First the member runs, then the others are told of it: they may need its vote for that. If they cannot be
+        told, we observe again.
+        """
+        async with self._switching:
+            if self.raft.is_member:
+                return
+            await self._restart(joining=True)
+            try:
+                index = await announce()
+            except BaseException:
+                await self._restart(joining=False)
+                raise
+            self.raft.joined()
+            async with asyncio.timeout(CATCH_UP_LIMIT):
+                while self.raft.index < index:
+                    await asyncio.sleep(0.05)
+
+    async def demote(self, members: Collection[str]) -> None:
+        """Observe from now on; `members` are those that are left."""
+        async with self._switching:
+            if not self.raft.is_member:
+                return
+            await self._open.aclose()
+            await asyncio.to_thread(raft.write_members, self._config.directory, members)
+            await self._start(self._config, self.state)
+
+    async def _restart(self, *, joining: bool) -> None:
+        await self._open.aclose()
+        await self._start(replace(self._config, joining=joining), self.state)
+
+    async def _start(self, config: raft.RaftConfig, shown: store.Directory | None) -> None:
+        self.leadership_changed(False)
+        loop = asyncio.get_running_loop()
+        machine = ReplicatedStore(lambda state, events: _post(loop, self.publish, state, events), shown)
+        self.raft = await self._open.enter_async_context(raft.running(config, machine, self.leadership_changed))
 
     # Tasks.
 
@@ -201,14 +264,15 @@ class LiveDirectory:
 @asynccontextmanager
 async def running(config: raft.RaftConfig, clock: Clock, ttl: timedelta = expiry.TTL) -> AsyncIterator[LiveDirectory]:
     """Take part in the replicated directory while the block is open."""
-    directory = LiveDirectory(clock, ttl)
-    loop = asyncio.get_running_loop()
-    machine = ReplicatedStore(lambda state, events: _post(loop, directory.publish, state, events))
-    async with raft.running(config, machine, directory.leadership_changed) as node, supervisor() as spawn:
-        directory.raft = node
-        spawn("settle leadership", directory.settle_leadership())
-        spawn("expire instances", directory.expire())
-        yield directory
+    directory = LiveDirectory(config, clock, ttl)
+    await directory.open()
+    try:
+        async with supervisor() as spawn:
+            spawn("settle leadership", directory.settle_leadership())
+            spawn("expire instances", directory.expire())
+            yield directory
+    finally:
+        await directory.close()
 
 
 def _post(
@@ -218,6 +282,12 @@ def _post(
         loop.call_soon_threadsafe(publish, state, events)
     except RuntimeError:
         return  # The loop is closed: nobody is left to be told.
+
+
+def _news(before: store.Directory, now: store.Directory) -> list[DiscoverdEvent]:
+    """What somebody who knows `before` has to be told."""
+    names = sorted({*before.services, *now.services})
+    return [event for name in names for event in differences(name, _view(before, name), _view(now, name))]
 
 
 def _view(state: store.Directory, name: str) -> View:

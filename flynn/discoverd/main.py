@@ -76,7 +76,9 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[LiveDirectory]:
         http = await stack.enter_async_context(
             HttpClient(config.host_url or "https://unconfigured", tls=identity, timeout=HOST_TIMEOUT)
         )
-        link = HostLink(HostClient(http), config.job_id, ",".join(config.peers))
+        # Our own address first: who lives on this node asks here, and elsewhere only when nobody answers.
+        addresses = dict.fromkeys((config.address, *config.peers))
+        link = HostLink(HostClient(http), config.job_id, ",".join(addresses))
         spawn = await stack.enter_async_context(supervisor())
         spawn("stay registered", _stay_registered(registry, Instance.at(config.address, "https", _identifying())))
         spawn("shut down on request", _shut_down(stopping))

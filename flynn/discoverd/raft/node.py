@@ -12,6 +12,8 @@ What differs from pysyncobj as it comes, and why:
   the entries behind a snapshot if the process died between writing one and shortening the log.
 - Membership is kept in a file of its own. pysyncobj learns of a change only when it applies the log again, so a member
   that restarts would begin with the cluster of its configuration: one that was once alone would elect itself.
+- A node that is no member takes part as an observer: it is sent the log like a follower, but neither votes nor counts.
+  Its journal is that of a follower, so that it can become a member, and cease to be one, with what it has.
 - Always with a password: its wire carries pickles, which from a stranger would be code.
 
 The state machine runs in this thread; results and news go to the event loop with `call_soon_threadsafe`, in order.
@@ -22,7 +24,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +54,8 @@ WAIT_BEFORE_ELECTION = 0.01
 WAIT_ALONE = 0.25  # leading a cluster of one there are no deadlines
 COMMIT_LIMIT = 5.0  # seconds until a write without an outcome is reported as unavailable
 SNAPSHOT_ENTRIES = 8192
+JOINING_LIMIT = 120.0
+MEMBERS = "members.json"
 
 _BARRIER = b""
 
@@ -74,9 +79,10 @@ class NotReplicated(ServiceUnavailable):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaftConfig:
     address: str  # own `ip:port` of the Raft port, which is also this member's name
-    peers: Sequence[str]  # members at the very first start, own address included or not
+    peers: Sequence[str]  # members at the very first start; a node that is not among them observes
     directory: Path
     password: str
+    joining: bool = False  # a member that the others have yet to be told of: it must not call elections before
 
 
 class RaftNode:
@@ -131,8 +137,28 @@ class RaftNode:
         return None if leader is None else str(leader.address)
 
     @property
+    def is_member(self) -> bool:
+        """Whether this node votes; else it observes."""
+        return not self._member.observing
+
+    @property
     def members(self) -> list[str]:
-        return sorted(node.address for node in (*self._member.otherNodes, self._member.selfNode))
+        return sorted(self._member.members)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since this node last heard from a leader or, leading, from a majority: how stale its state may be."""
+        return 0.0 if self.is_leader else time.monotonic() - self._member.heard
+
+    def joined(self) -> None:
+        """The other members know of this one now, which joined them."""
+        self._member.take_part()
+
+    async def hand_over(self) -> None:
+        """Ask the follower that is furthest to lead. Whether it does shows in `leader`."""
+        outcome: asyncio.Future[Any] = self._loop.create_future()
+        self._member.transferLeadership(callback=lambda result, reason: self._post(_settle, outcome, result, reason))
+        await asyncio.wait_for(outcome, COMMIT_LIMIT)
 
     async def add_member(self, address: str) -> None:
         await self._change_members(self._member.addNodeToCluster, address)
@@ -210,9 +236,13 @@ pysyncobj.syncobj.createJournal = _create_journal
 class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
     def __init__(self, config: RaftConfig, machine: StateMachine, on_state: Callable[[int, int], None]) -> None:
         self._machine = machine
-        self._members_file = config.directory / "members.json"
+        self._members_file = config.directory / MEMBERS
         self._members_known = _read_members(self._members_file)
-        others = [peer for peer in self._members_known or config.peers if peer != config.address]
+        members = {*(self._members_known or config.peers), *([config.address] if config.joining else ())}
+        self.observing = config.address not in members
+        self._joining = config.joining
+        self.heard = time.monotonic()
+        others = [peer for peer in members if peer != config.address]
         conf = SyncObjConf(
             password=config.password,
             autoTick=False,
@@ -232,20 +262,34 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
             onStateChanged=on_state,
         )
         try:
-            super().__init__(config.address, others, conf, transportClass=_Transport)
+            super().__init__(None if self.observing else config.address, others, conf, transportClass=_Transport)
         except SyncObjException as error:
             raise OSError(f"cannot listen on {config.address} for Raft") from error
+        if config.joining:
+            self._election_not_before(JOINING_LIMIT)
 
     @property
     def journal(self) -> DurableJournal:
         journal: DurableJournal = self._SyncObj__raftLog
         return journal
 
+    @property
+    def members(self) -> frozenset[str]:
+        others = frozenset(node.address for node in self.otherNodes)
+        return others if self.observing else others | {self.selfNode.address}
+
+    def take_part(self) -> None:
+        self._joining = False
+        self._election_not_before(ELECTION_TIMEOUT[1])
+
+    def _election_not_before(self, seconds: float) -> None:
+        self._SyncObj__raftElectionDeadline = time.monotonic() + seconds
+
     def persist(self) -> None:
         """Put on disk what happened since the last call, membership first: too many members are safe, too few not."""
-        members = frozenset(node.address for node in (*self.otherNodes, self.selfNode))
-        if members != self._members_known:
-            write_durably(self._members_file, msgspec.json.encode(sorted(members)))
+        members = self.members
+        if members != self._members_known and not self._joining:
+            write_members(self._members_file.parent, members)
             self._members_known = members
             for name, seconds in _pace(alone=len(members) == 1).items():
                 setattr(self.conf, name, seconds)  # it is looked at each time
@@ -277,7 +321,7 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
 
     def _write_snapshot(self, path: str, data: tuple[Any, ...]) -> None:
         last, before_last, nodes = data
-        members = [node.address for node in nodes]
+        members = [node.address for node in nodes if node is not None]  # an observer has no node of its own
         Snapshot(self._machine.dump(), tuple(last), tuple(before_last), members).write(Path(path))
 
     def _read_snapshot(self, path: str) -> tuple[Any, ...]:
@@ -295,6 +339,8 @@ class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no type
 
         pysyncobj would then send again all that is under way, and the follower would write it again.
         """
+        if isinstance(message, dict) and message.get("type") == "append_entries":
+            self._syncObj.heard = time.monotonic()
         following = self._syncObj.next_index.get(node, 0)
         super()._onMessageReceived(node, message)
         if isinstance(message, dict) and message.get("type") == "next_node_idx" and not message["reset"]:
@@ -312,6 +358,10 @@ def _pace(*, alone: bool) -> dict[str, float]:
     shortest, longest = ALONE_ELECTION_TIMEOUT if alone else ELECTION_TIMEOUT
     period = ALONE_PERIOD if alone else PERIOD
     return {"appendEntriesPeriod": period, "raftMinTimeout": shortest, "raftMaxTimeout": longest}
+
+
+def write_members(directory: Path, members: Collection[str]) -> None:
+    write_durably(directory / MEMBERS, msgspec.json.encode(sorted(members)))
 
 
 def _read_members(path: Path) -> frozenset[str]:
