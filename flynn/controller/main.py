@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from flynn import daemon
 from flynn.aio.backoff import Backoff, retrying
+from flynn.aio.clock import SystemClock
 from flynn.aio.supervisor import TaskSet, supervisor
 from flynn.controller.api.server import Door, controller_api
 from flynn.controller.config import Config, configuration
@@ -22,7 +23,9 @@ from flynn.controller.database import Database
 from flynn.controller.hosts import Hosts
 from flynn.controller.migrate import migrate
 from flynn.controller.neighbours import Neighbours
+from flynn.controller.store.retention import Retention
 from flynn.controller.stores import Stores
+from flynn.controller.worker.forgetting import forget_regularly
 from flynn.controller.worker.loop import Worker
 from flynn.controller.worker.procedures import procedures
 from flynn.discoverd.client import Discoverd
@@ -115,6 +118,7 @@ async def worker(environ: Mapping[str, str]) -> AsyncIterator[None]:
             TaskSet() as tasks,
             supervisor() as spawn,
         ):
+            spawn("forget", forget_regularly(Retention(stores.database), SystemClock()))
             spawn("work", Worker(stores.queue, stores.hub, known, tasks).run())
             yield
 

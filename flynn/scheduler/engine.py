@@ -74,6 +74,7 @@ from flynn.scheduler.model import (
 from flynn.scheduler.reconcile import CompleteScale, Create, Restart, Stop, load_by_host, reconcile, restart_of
 from flynn.scheduler.routers import RouterBoard
 from flynn.scheduler.world import World
+from flynn.types.app import Strategy
 from flynn.types.host import JobStatus
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,9 @@ ROUTER_PATIENCE = timedelta(seconds=10)  # so long a job in service waits for ro
 SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger leaves a formation wrong for good
 
 RESURRECTION = timedelta(seconds=3)  # for a host to show the successor of a job that it brings back by itself
+
+LEAVING_PAUSE = timedelta(milliseconds=200)  # between looks at whether the job to be waited for has ended
+ONE_AT_A_TIME = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.DISCOVERD_META))
 
 FORMATIONS = "formations"
 RECORDS = "records"
@@ -354,7 +358,7 @@ class Engine:
         if after.state is JobState.STOPPED:
             self.board.forget(after.id)
             self._to_place.pop(after.id, None)
-            self._release_volumes(after)
+            self._release_volumes(after, now)
             if self.leader and before.state is not JobState.STOPPING and after.in_formation and before.host:
                 self._ended[after.key, after.type].append(restart_of(after, now))
                 if resurrected:
@@ -519,12 +523,25 @@ class Engine:
             if volume is not None and volume.job != job.id:
                 self._put_volume(replace(volume, job=job.id, state=VolumeState.CREATED))
 
-    def _release_volumes(self, job: Job) -> None:
+    def _release_volumes(self, job: Job, now: datetime) -> None:
         for volume in self.world.volumes_used(job.id):
             if volume.state is VolumeState.PENDING:
                 self.world.drop_volume(volume.id)
             elif not volume.delete_on_stop:
-                self._put_volume(replace(volume, job=None))
+                self._put_volume(replace(volume, job=None, used_at=now))
+
+    def _waits_for(self, formation: Formation, type: str) -> Job | None:
+        """Return a job on its way out that has to be gone before one of this type may start.
+
+        Either it holds data that are to be taken over: to start before would be to start with an empty volume. Or the
+        app's strategy says that its jobs cannot run side by side.
+        """
+        alone = formation.app.strategy in ONE_AT_A_TIME
+        takes_over = any(not request.delete_on_stop for request in formation.volume_requests(type))
+        for job in self.world.leaving(formation.app.id, type) if alone or takes_over else ():
+            if alone or (job.volumes and (formation.app.keeps_volumes or job.release == formation.release.id)):
+                return job
+        return None
 
     # Formations
 
@@ -532,13 +549,9 @@ class Engine:
         key = given.key
         self._received_at[key] = now
         stored = self.world.formations.get(key)
-        verdict = formations.accept(stored, given, other_release_runs=self.world.app_runs_elsewhere(key))
-        match verdict:
+        match formations.accept(stored, given):
             case formations.Stale():
                 return
-            case formations.RefusedChange(formation, reason):
-                log.warning(reason)
-                self.world.formations[key] = formation
             case formations.Accepted(formation, changed):
                 self.world.formations[key] = formation
                 if changed:
@@ -675,6 +688,11 @@ class Engine:
                 self._place_group(formation, type, jobs, hosts, now)
 
     def _place_group(self, formation: Formation, type: str, jobs: list[Job], hosts: list[Host], now: datetime) -> None:
+        if (leaving := self._waits_for(formation, type)) is not None:
+            for job in jobs:
+                self.world.put_job(replace(job, reason=f"waits for {leaving.cluster_id} to end"))
+                self._at(now + LEAVING_PAUSE, "start", job.id)
+            return
         waiting = {job.id for job in jobs}
         load = load_by_host((job for job in self.world.jobs_of(formation.key) if job.id not in waiting), type)
         start = self._random.randrange(len(hosts)) if hosts else 0
@@ -702,7 +720,7 @@ class Engine:
         self, formation: Formation, job: Job, hosts: list[Host], start: int, load: Counter[HostID], now: datetime
     ) -> None:
         # Volumes of an attempt that failed before they were created are forgotten; created ones are free to be taken.
-        self._release_volumes(job)
+        self._release_volumes(job, now)
         verdict = placement.place(
             formation,
             job.type,
@@ -710,7 +728,7 @@ class Engine:
             hosts,
             placement.rotated(hosts, start),
             load,
-            self.world.volumes_of(formation.key, job.type),
+            self.world.volumes_of(formation, job.type),
             avoid=job.avoid,
             new_volume_id=lambda: VolumeID(self._new_id()),
         )

@@ -116,7 +116,6 @@ class Formation:
     tags: Mapping[str, Tags] = field(default_factory=dict)
     updated_at: datetime | None = None
     scale_request: ScaleRequest | None = None  # the pending one
-    refused: str = ""  # id of a scale request the guard refused
 
     @property
     def key(self) -> FormationKey:
@@ -177,6 +176,7 @@ class Volume:
     job: JobID | None = None
     decommissioned: bool = False
     created_at: datetime | None = None
+    used_at: datetime | None = None  # when the last job that had it ended, as far as this scheduler has seen it
 
     @property
     def reusable(self) -> bool:

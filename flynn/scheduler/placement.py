@@ -86,15 +86,16 @@ def place(
 ) -> Chosen | Refused:
     """Place one job: by its volumes if it has some to take over, else where its formation has the fewest jobs.
 
-    `volumes` are those of this app, release and type. A volume to take over pins the job to the volume's host; while
-    that host is away the job waits for it, since starting elsewhere would mean starting with empty data.
+    `volumes` are those that jobs of this type may take over, the first being the best. A volume to take over pins the
+    job to the volume's host; while that host is away the job waits for it, since starting elsewhere would mean starting
+    with empty data. An omni type belongs on every host: there the host comes first, and the volume is looked for on it.
     """
     if not hosts:
         return Refused(NO_HOSTS)
     tags = formation.tags_of(type)
     omni = formation.process(type).omni
     requests = formation.volume_requests(type)
-    pinned = _pinned(requests, volumes, {host.id: host for host in hosts}, tags) if requests else None
+    pinned = _pinned(requests, volumes, {host.id: host for host in hosts}, tags) if requests and not omni else None
     if isinstance(pinned, Refused):
         return pinned
     if pinned is None:

@@ -50,7 +50,7 @@ def reconcile(formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID
     targets = formation.targets(hosts.values())
     decisions: list[Decision] = []
     request = formation.scale_request
-    if request is not None and request.id != formation.refused and _reached(targets, by_type):
+    if request is not None and _reached(targets, by_type):
         decisions.append(CompleteScale(request))
     for type in sorted({*targets, *by_type}):
         present = by_type.get(type, [])

@@ -59,13 +59,13 @@ def report(host: HostID, active: ActiveJob) -> JobReport | None:
     """None for jobs that no app owns."""
     meta = active.job.metadata
     parts = jobspec.split_job_id(active.job.id)
-    if parts is None or not meta.get(META_APP) or not meta.get(META_RELEASE):
-        return None  # the build of an app's first release has none either
+    if parts is None or not meta.get(META_APP):
+        return None
     return JobReport(
         host=host,
         id=JobID(parts[1]),
         app=meta[META_APP],
-        release=meta[META_RELEASE],
+        release=meta.get(META_RELEASE, ""),  # the build of an app's first release has none
         type=meta.get(META_TYPE, ""),
         in_formation=meta.get(META_FORMATION) == "true",
         status=active.status,

@@ -30,7 +30,7 @@ class World:
         self.volumes: dict[VolumeID, Volume] = {}
         self._jobs_of: dict[FormationKey, dict[JobID, Job]] = defaultdict(dict)
         self._jobs_on: dict[HostID, dict[JobID, None]] = defaultdict(dict)  # dicts where sets would do: order is kept
-        self._volumes_of: dict[tuple[str, str, str], dict[VolumeID, Volume]] = defaultdict(dict)
+        self._volumes_of: dict[tuple[str, str], dict[VolumeID, Volume]] = defaultdict(dict)
         self._volumes_used: dict[JobID, dict[VolumeID, None]] = defaultdict(dict)
 
     def put_job(self, job: Job) -> None:
@@ -61,28 +61,32 @@ class World:
         if volume.job is not None:
             self._volumes_used[volume.job][volume.id] = None
         self.volumes[volume.id] = volume
-        self._volumes_of[volume.app, volume.release, volume.type][volume.id] = volume
+        self._volumes_of[volume.app, volume.type][volume.id] = volume
 
     def drop_volume(self, id: VolumeID) -> None:
         volume = self.volumes.pop(id)
-        self._volumes_of[volume.app, volume.release, volume.type].pop(id, None)
+        self._volumes_of[volume.app, volume.type].pop(id, None)
         if volume.job is not None:
             self._volumes_used[volume.job].pop(id, None)
 
-    def volumes_of(self, key: FormationKey, type: str) -> list[Volume]:
-        return list(self._volumes_of.get((key.app, key.release, type), {}).values())
+    def volumes_of(self, formation: Formation, type: str) -> list[Volume]:
+        """Return the volumes that jobs of a type may take over, the one whose data is the latest first."""
+        known = self._volumes_of.get((formation.app.id, type), {}).values()
+        mine = (v for v in known if formation.app.keeps_volumes or v.release == formation.release.id)
+        return sorted(mine, key=_latest_first)
 
     def volumes_used(self, job: JobID) -> list[Volume]:
         return [self.volumes[id] for id in self._volumes_used.get(job, ())]
 
-    def app_runs_elsewhere(self, key: FormationKey) -> bool:
-        """Whether another release of the app has jobs on hosts."""
-        return any(
-            job.state.on_host
-            for other in self.formations
-            if other.app == key.app and other != key
-            for job in self.jobs_of(other)
-        )
+    def leaving(self, app: str, type: str) -> list[Job]:
+        """Return the jobs of one type of an app, of whatever release, that have been asked to stop and still run."""
+        return [
+            job
+            for key in self.formations
+            if key.app == app
+            for job in self.jobs_of(key)
+            if job.type == type and job.state is JobState.STOPPING
+        ]
 
     def prune(self, now: datetime) -> None:
         """Forget jobs that ended long ago, and formations that want nothing and have nothing."""
@@ -104,3 +108,10 @@ class World:
         for key in list(idle):
             if not self._jobs_of.get(key) and self.formations[key].scale_request is None:
                 del self.formations[key]
+
+
+def _latest_first(volume: Volume) -> tuple[bool, float]:
+    """By when it was last in use. Of those not used in our time the oldest comes first: a second one is an accident."""
+    if volume.used_at is not None:
+        return False, -volume.used_at.timestamp()
+    return True, volume.created_at.timestamp() if volume.created_at is not None else 0

@@ -9,6 +9,7 @@ from flynn.types.codec import Wire, always
 
 SYSTEM_APP = "flynn-system-app"
 SYSTEM_CRITICAL = "flynn-system-critical"
+VOLUME_SCOPE = "flynn-volume-scope"  # "app": a new release takes over the volumes of the one before; "release": not
 
 
 class Strategy(StrEnum):
@@ -37,3 +38,8 @@ class App(Wire):
     @property
     def critical(self) -> bool:
         return self.meta.get(SYSTEM_CRITICAL) == "true"
+
+    @property
+    def keeps_volumes(self) -> bool:
+        """Whether its volumes outlive a release. As in the original they do not, except for the platform's own apps."""
+        return self.meta.get(VOLUME_SCOPE, "app" if self.system else "release") == "app"

@@ -29,6 +29,7 @@ class Deployment(Wire):
     deploy_batch_size: int | None = None
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    error: str = ""  # why it failed
 
 
 class DeploymentEvent(Wire):

@@ -24,10 +24,10 @@ from flynn.controller.worker.procedures import procedures
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.http.server import Api, Request, listen
 from flynn.identity import ANYONE
-from flynn.types.app import App
+from flynn.types.app import SYSTEM_CRITICAL, App
 from flynn.types.artifact import Artifact
 from flynn.types.codec import convert
-from flynn.types.errors import NotFound, UnknownError, ValidationError
+from flynn.types.errors import Conflict, NotFound, UnknownError, ValidationError
 from flynn.types.event import EventType
 from flynn.types.formation import Formation, ScaleRequest
 from flynn.types.job import Job
@@ -257,14 +257,65 @@ async def test_deploying_what_runs_already_changes_nothing(
     assert scheduler.steps == []
 
 
-async def test_an_unknown_strategy_fails_with_its_name(
-    conninfo: str, controller: Controller, shop: Shop, running: Release
+@pytest.mark.parametrize(
+    ("process", "reason"),
+    [
+        ("", "unable to determine sirenia process type"),
+        ("db", "sirenia process type not present in new release"),
+        ("web", "replacing a database cluster of 2 by a deployment is not supported yet"),
+    ],
+)
+async def test_a_database_that_cannot_be_replaced_is_left_alone(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, process: str, reason: str
 ) -> None:
+    release = await controller.create_release(a_release(shop.app, shop.artifact, SIRENIA_PROCESS=process))
     await controller.update_app("shop", AppUpdate(strategy="sirenia"))
     async with working(conninfo):
-        with pytest.raises(DeploymentFailed, match='strategy "sirenia"'):
-            await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+        with pytest.raises(DeploymentFailed, match=reason):
+            await controller.deploy("shop", release.id, timeout=timedelta(seconds=10))
     assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
+    failed = (await controller.deployments("shop"))[0]
+    assert (failed.status, failed.error) == ("failed", reason)
+
+
+async def test_a_database_alone_is_replaced_in_place(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    """Old down and new up are one decision: once the database is gone, nobody could ask for the new one."""
+    release = await controller.create_release(a_release(shop.app, shop.artifact, SIRENIA_PROCESS="clock"))
+    scheduler.names[release.id] = "new"
+    await controller.update_app("shop", AppUpdate(strategy="sirenia"))
+    async with working(conninfo):
+        await controller.deploy("shop", release.id, timeout=timedelta(seconds=10))
+    assert ", ".join(scheduler.steps) == "old clock=0, new clock=1, new web=1, old web=1, new web=2, old web=0"
+
+
+async def test_what_was_swapped_is_swapped_back(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    """Also if the worker is stopped in between: the verdict is on record, so nobody begins the deployment anew."""
+    await controller.update_app("shop", AppUpdate(strategy="discoverd-meta"))
+    scheduler.works = lambda request: request.release != running.id
+    async with working(conninfo):
+        with pytest.raises(DeploymentFailed, match="web job failed to start"):
+            await controller.deploy("shop", running.id, timeout=timedelta(seconds=20))
+    assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
+    assert await counts(controller, running.id) == {}
+    # the last entry is the new formation's deletion
+    assert ", ".join(scheduler.steps) == "old clock=0, new clock=1, new clock=0, old clock=1 web=2, new clock=0"
+
+
+async def test_the_platform_cannot_be_scaled_away(controller: Controller, shop: Shop, running: Release) -> None:
+    await controller.update_app("shop", AppUpdate(meta={SYSTEM_CRITICAL: "true"}))
+    for refused in (
+        controller.put_formation(Formation(app="shop", release=shop.release.id, processes={"web": 0})),
+        controller.put_formation(Formation(app="shop", release=shop.release.id)),
+        controller.delete_formation("shop", shop.release.id),
+        controller.request_app_deletion("shop"),
+    ):
+        with pytest.raises(Conflict, match="the platform cannot be without it"):
+            await refused
+    await controller.put_formation(Formation(app="shop", release=shop.release.id, processes={"web": 1}))
 
 
 @dataclass

@@ -38,6 +38,11 @@ async def test_a_job_is_found_by_both_its_ids(controller: Controller, shop: Shop
             await controller.job("shop", unknown)
 
 
+async def test_the_build_before_the_first_release_is_a_job_like_others(controller: Controller, shop: Shop) -> None:
+    job = await controller.put_job(a_job(shop, release="", type="slugbuilder"))
+    assert (await controller.jobs("shop"), job.release) == ([job], "")
+
+
 async def test_each_state_is_told_once(controller: Controller, shop: Shop) -> None:
     job = a_job(shop, state="pending")
     for state in ("pending", "blocked", "starting", "up", "up", "down", "up"):
@@ -62,7 +67,7 @@ async def test_volumes_keep_their_order(controller: Controller, shop: Shop) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"state": "happy"}, {"app": "x"}, {"release": ""}, {"app": str(uuid4())}, {"uuid": "x"}, {"volumes": ["x"]}],
+    [{"state": "happy"}, {"app": "x"}, {"release": "x"}, {"app": str(uuid4())}, {"uuid": "x"}, {"volumes": ["x"]}],
     ids=["state", "app", "release", "unknown app", "uuid", "volume"],
 )
 async def test_bad_records_are_the_clients_mistake(

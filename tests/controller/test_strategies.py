@@ -13,6 +13,7 @@ from flynn.controller.deploy.strategies import (
     Progress,
     ScaleNew,
     ScaleOld,
+    Swap,
     UnsupportedStrategy,
     batch_size,
     failed_start_message,
@@ -36,6 +37,9 @@ def walk(strategy: str, progress: Progress) -> tuple[list[str], list[Progress]]:
             case ScaleOld(processes, wait):
                 words += [f"old {name}={count}{'' if wait else ' unwaited'}" for name, count in processes.items()]
                 progress = replace(progress, old={**progress.old, **processes})
+            case Swap(old, new):
+                words.append(f"swap {old} for {new}".replace("'", ""))
+                progress = replace(progress, old={**progress.old, **old}, new={**progress.new, **new})
         states.append(progress)
     raise AssertionError("the strategy does not end")
 
@@ -54,6 +58,17 @@ def start(counts: dict[str, int], types: tuple[str, ...], batch: int = 1) -> Pro
             id="the specification's worked example",
         ),
         pytest.param("one-down-one-up", start({"web": 2}, ("web",)), "old web=1, new web=1, old web=0, new web=2"),
+        pytest.param(
+            "discoverd-meta",
+            start({"app": 1, "gone": 2}, ("app",)),
+            "swap {app: 0} for {app: 1}, old gone=0",
+        ),
+        pytest.param(
+            "discoverd-meta",
+            Progress(wanted={"app": 1}, types=("app",), old={"app": 0}, new={"app": 1}),
+            "",
+            id="a swap that was interrupted is done",
+        ),
         pytest.param(
             "in-batches",
             start({"web": 5}, ("web",), 2),
@@ -102,7 +117,9 @@ def test_from_any_state_every_strategy_ends_where_it_should(
     batch: int,
     data: st.DataObject,
 ) -> None:
-    strategy = data.draw(st.sampled_from(["all-at-once", "one-by-one", "one-down-one-up", "in-batches"]))
+    strategy = data.draw(
+        st.sampled_from(["all-at-once", "one-by-one", "one-down-one-up", "in-batches", "discoverd-meta"])
+    )
     new = {name: min(count, wanted.get(name, 0)) for name, count in new.items() if name in types}
     progress = Progress(wanted=wanted, types=types, old=old, new=new, batch=batch)
     end = walk(strategy, progress)[1][-1]
@@ -118,7 +135,7 @@ def test_up_then_down_never_runs_fewer_than_wanted_nor_a_batch_more(wanted: dict
 
 
 def test_strategies_nobody_can_carry_out() -> None:
-    for name in ("slowly", "sirenia", "discoverd-meta"):
+    for name in ("slowly", "sirenia"):
         with pytest.raises(UnsupportedStrategy, match=name):
             strategy_steps(name)
 

@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pytest import param
 
-from flynn.scheduler.formations import Accepted, RefusedChange, Stale, accept
+from flynn.scheduler.formations import Accepted, Stale, accept
 from flynn.scheduler.model import Formation, Host, HostID, Job, JobID, JobState
 from flynn.scheduler.reconcile import CompleteScale, Create, Stop, choose_to_stop, reconcile, restart_of
-from flynn.types.app import SYSTEM_CRITICAL, App
+from flynn.types.app import App
 from flynn.types.formation import ScaleRequest
 from flynn.types.release import ProcessType, Release
 
@@ -113,33 +113,11 @@ def test_completion_of_scale_requests(wanted: dict[str, int], jobs: list[Job], c
     request = ScaleRequest(id="s", state="pending")
     decisions = reconcile(formation(wanted, scale_request=request), jobs, HOSTS)
     assert (CompleteScale(request) in decisions) is complete
-    refused = reconcile(formation(wanted, scale_request=request, refused="s"), jobs, HOSTS)
-    assert CompleteScale(request) not in refused
-
-
-CRITICAL = App(id="a", name="router", meta={SYSTEM_CRITICAL: "true"})
-
-
-@pytest.mark.parametrize(
-    ("stored", "given", "elsewhere", "outcome"),
-    [
-        param({"web": 1, "clock": 0}, {"web": 0}, False, RefusedChange, id="a critical app keeps its last jobs"),
-        param({"web": 1}, {"web": 0}, True, Accepted, id="unless another release of it runs"),
-        param({"web": 1, "clock": 0}, {"web": 2, "clock": 0}, False, Accepted, id="a type that stays at zero is fine"),
-        param({"web": 0}, {}, False, Accepted, id="nothing to nothing is fine"),
-    ],
-)
-def test_critical_apps(stored: dict[str, int], given: dict[str, int], elsewhere: bool, outcome: type) -> None:
-    before, after = formation(stored, app=CRITICAL), formation(given, app=CRITICAL)
-    verdict = accept(before, after, other_release_runs=elsewhere)
-    assert isinstance(verdict, outcome)
-    if isinstance(verdict, RefusedChange):
-        assert verdict.formation.wanted == stored
 
 
 def test_an_older_formation_is_ignored() -> None:
     before, after = formation({"web": 1}, updated_at=NOW), formation({"web": 2}, updated_at=NOW - timedelta(seconds=1))
-    assert isinstance(accept(before, after, other_release_runs=False), Stale)
+    assert isinstance(accept(before, after), Stale)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +134,7 @@ def test_an_older_formation_is_ignored() -> None:
     ],
 )
 def test_what_is_a_change(before: Formation, after: Formation, changed: bool) -> None:
-    verdict = accept(before, after, other_release_runs=False)
+    verdict = accept(before, after)
     assert isinstance(verdict, Accepted)
     assert verdict.changed is changed
 

@@ -8,12 +8,13 @@ spec/controller-worker.md sections 3.2 and 3.3. What is not here: talking to the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flynn.types.app import Strategy
 
 Counts = Mapping[str, int]
 
+SIRENIA_PROCESS = "SIRENIA_PROCESS"  # environment variable that names the database's process type
 TOLERATED_FAILED_STARTS = 5  # per scale step of the new release; the next one ends the deployment
 
 
@@ -34,6 +35,14 @@ class Progress:
     def all_types(self) -> list[str]:
         """Return the types to visit, in order; a type the old release was given during the deployment goes as well."""
         return sorted({*self.wanted, *(t for t, count in self.old.items() if count)})
+
+    def without(self, process_type: str) -> Progress:
+        """Return the same as if there were no jobs of that type."""
+
+        def others(counts: Counts) -> Counts:
+            return {name: count for name, count in counts.items() if name != process_type}
+
+        return replace(self, wanted=others(self.wanted), old=others(self.old), new=others(self.new))
 
     def surplus(self, process_type: str) -> int:
         """Return how many more run, of both releases, than are wanted."""
@@ -63,7 +72,19 @@ class ScaleOld:
     wait: bool = True
 
 
-Step = ScaleNew | ScaleOld
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Lower the old release and raise the new one in one decision, and wait until the new jobs are up.
+
+    For what carries the platform: once the database is down nobody could ask for its successor any more. The scheduler
+    starts a new job when the old one has gone.
+    """
+
+    old: Counts
+    new: Counts
+
+
+Step = ScaleNew | ScaleOld | Swap
 NextStep = Callable[[Progress], Step | None]
 
 
@@ -105,12 +126,41 @@ def down_then_up(progress: Progress) -> Step | None:
     return None
 
 
+def swap(progress: Progress) -> Step | None:
+    """Per type, in alphabetical order: the new jobs in the place of the old ones, on the same volumes."""
+    for name in progress.all_types():
+        if (step := _swapped(progress, name)) is not None:
+            return step
+    return None
+
+
+def _swapped(progress: Progress, name: str) -> Step | None:
+    old, new, target = progress.old_count(name), progress.new_count(name), progress.target(name)
+    if not old and new >= target:
+        return None
+    if new >= target:
+        return ScaleOld({name: 0})
+    return Swap(old={name: 0} if old else {}, new={name: target})
+
+
+def database_alone(database: str) -> NextStep:
+    """Return the rule for a database cluster of one: its process is swapped, the other types go one by one."""
+
+    def steps(progress: Progress) -> Step | None:
+        return _swapped(progress, database) or up_then_down(progress.without(database))
+
+    return steps
+
+
 SUPPORTED: Mapping[Strategy, NextStep] = {
     Strategy.ALL_AT_ONCE: all_at_once,
     Strategy.ONE_BY_ONE: up_then_down,
     Strategy.ONE_DOWN_ONE_UP: down_then_up,
     Strategy.IN_BATCHES: up_then_down,
+    Strategy.DISCOVERD_META: swap,
 }
+IN_PLACE = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.DISCOVERD_META, Strategy.SIRENIA))
+"""Strategies of apps whose old and new jobs must never run side by side, also not when a deployment is taken back."""
 
 
 class UnsupportedStrategy(Exception):
@@ -129,6 +179,28 @@ def strategy_steps(name: str) -> NextStep:
         raise UnsupportedStrategy(f'deployment: unknown strategy "{name}"') from None
     except KeyError:
         raise UnsupportedStrategy(f'deployment: strategy "{name}" is not supported by this controller yet') from None
+
+
+def database_process(old_env: Mapping[str, str], new_env: Mapping[str, str]) -> str:
+    """Return which process type is the database of an app with strategy `sirenia`."""
+    process = old_env.get(SIRENIA_PROCESS) or new_env.get(SIRENIA_PROCESS)
+    if not process:
+        raise UnsupportedStrategy("unable to determine sirenia process type")
+    return process
+
+
+def sirenia(progress: Progress, database: str) -> NextStep:
+    """Return the rule for a database cluster: nothing running, or one server, is within reach of counts alone.
+
+    Raises:
+        UnsupportedStrategy: several servers, whose roles have to be handed over, or none in the new release.
+    """
+    if database not in progress.types:
+        raise UnsupportedStrategy("sirenia process type not present in new release")
+    count = progress.wanted.get(database, 0)
+    if count > 1:
+        raise UnsupportedStrategy(f"replacing a database cluster of {count} by a deployment is not supported yet")
+    return database_alone(database)
 
 
 def batch_size(strategy: str, requested: int | None, hosts: int) -> int:

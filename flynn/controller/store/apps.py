@@ -14,7 +14,7 @@ from flynn.controller.store.routes import create_route_in
 from flynn.controller.wire import AppRelease, AppUpdate, GarbageCollected
 from flynn.types.app import App, Strategy
 from flynn.types.codec import replace
-from flynn.types.errors import ApiError, NotFound, ObjectExists, ValidationError
+from flynn.types.errors import ApiError, Conflict, NotFound, ObjectExists, ValidationError
 from flynn.types.event import EventType
 from flynn.types.release import Release
 from flynn.types.route import APP_PARENT, Route
@@ -170,6 +170,8 @@ class AppStore:
         """Queue the deletion of an app."""
         async with self._database.transaction() as transaction:
             app = await app_in(transaction, ref)
+            if app.critical:
+                raise Conflict(f"refusing to delete {app.name}: the platform cannot be without it")
             await enqueue(transaction, JobClass.APP_DELETION, app)
 
     async def request_garbage_collection(self, ref: str) -> None:

@@ -19,7 +19,7 @@ from flynn.types.release import Release
 
 COLUMNS = (
     "deployment_id AS id, app_id AS app, old_release_id AS old_release, new_release_id AS new_release, strategy,"
-    " status, processes, tags, deploy_timeout, deploy_batch_size, created_at, finished_at"
+    " status, processes, tags, deploy_timeout, deploy_batch_size, created_at, finished_at, error"
 )
 BATCH_SIZE_META = "flynn-deploy-batch-size"
 IN_PROGRESS = "Cannot create deploy, there is already one in progress for this app."
@@ -120,18 +120,28 @@ class DeploymentStore:
                 await enqueue(transaction, JobClass.APP_GARBAGE_COLLECTION, GarbageCollected(app_id=app.id))
                 emit_progress(transaction, deployment, status=DeploymentStatus.COMPLETE)
 
+    async def condemn(self, deployment: Deployment, reason: str) -> None:
+        """Record that it has failed, before it is taken back: whoever goes on with it takes it back, nothing else."""
+        await self._database.execute(
+            "UPDATE deployments SET error = %s WHERE deployment_id = %s AND finished_at IS NULL",
+            (reason, deployment.id),
+        )
+
     async def fail(self, deployment: Deployment, reason: str) -> None:
         """Close the deployment with the reason its user is to read."""
         async with self._database.transaction() as transaction:
-            if await _close(transaction, deployment, DeploymentStatus.FAILED):
+            if await _close(transaction, deployment, DeploymentStatus.FAILED, reason):
                 emit_progress(transaction, deployment, status=DeploymentStatus.FAILED, error=reason)
 
 
-async def _close(transaction: Transaction, deployment: Deployment, status: DeploymentStatus) -> bool:
+async def _close(
+    transaction: Transaction, deployment: Deployment, status: DeploymentStatus, error: str | None = None
+) -> bool:
     return bool(
         await transaction.execute(
-            "UPDATE deployments SET status = %s, finished_at = now() WHERE deployment_id = %s AND finished_at IS NULL",
-            (status.value, deployment.id),
+            "UPDATE deployments SET status = %s, error = %s, finished_at = now()"
+            " WHERE deployment_id = %s AND finished_at IS NULL",
+            (status.value, error, deployment.id),
         )
     )
 

@@ -6,6 +6,8 @@ answers by setting it to complete once the jobs are there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from flynn.controller import validation
@@ -19,7 +21,7 @@ from flynn.controller.store.releases import TABLES as RELEASE_TABLES
 from flynn.controller.store.releases import release_in
 from flynn.types.app import App
 from flynn.types.codec import ZERO_TIME, Wire
-from flynn.types.errors import NotFound, ValidationError
+from flynn.types.errors import Conflict, NotFound, ValidationError
 from flynn.types.event import EventType
 from flynn.types.formation import ExpandedFormation, Formation, Processes, ScaleRequest, ScaleState, Tags
 from flynn.types.release import Release
@@ -57,6 +59,15 @@ class ScaleEvent(Wire):
     prev_processes: Processes | None = None
     processes: Processes | None = None
     release: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How one release is to be scaled: the types named get these counts and tags, the others keep theirs."""
+
+    release: str
+    processes: Processes
+    tags: Tags | None = None
 
 
 class FormationStore:
@@ -119,7 +130,19 @@ class FormationStore:
             release = await _scaled_release(transaction, release_id)
             if deployable and not release.artifacts:
                 raise ValidationError("", "release is not deployable")
+            await _keep_critical(transaction, app, release_id, processes or {})
             return await scale_in(transaction, app, release, processes, tags)
+
+    async def change(self, app_ref: str, changes: Sequence[Change]) -> list[ScaleRequest]:
+        """Scale several releases of an app as one decision, for the worker: it may pass through having nothing."""
+        async with self._database.transaction() as transaction:
+            app = await app_in(transaction, app_ref, lock=True)
+            return [
+                await scale_in(
+                    transaction, app, await _scaled_release(transaction, change.release), change.processes, change.tags
+                )
+                for change in changes
+            ]
 
     async def put(self, app_ref: str, release_id: str, processes: Processes | None, tags: Tags | None) -> Formation:
         """Scale as `PUT formations` does: no processes at all means every type of the release at zero."""
@@ -169,7 +192,10 @@ class FormationStore:
         """Scale a release to nothing and forget its formation. Raises `NotFound`."""
         async with self._database.transaction() as transaction:
             app = await app_in(transaction, app_ref, lock=True)
-            return await delete_formation_in(transaction, app, sought("release", release_id))
+            release = sought("release", release_id)
+            current = await formation_in(transaction, app.id, release)
+            await _keep_critical(transaction, app, release, dict.fromkeys((current and current.processes) or {}, 0))
+            return await delete_formation_in(transaction, app, release)
 
 
 EARLIEST = ZERO_TIME.replace(year=1970)  # PostgreSQL and Python disagree about the calendar of the first year
@@ -239,6 +265,21 @@ async def delete_formation_in(transaction: Transaction, app: App, release_id: st
     )
     _emit_scale(transaction, request, old_processes, request.new_processes)
     return request
+
+
+async def _keep_critical(transaction: Transaction, app: App, release_id: str, processes: Processes) -> None:
+    """Raise `Conflict` if nothing would be left of something that the platform cannot be without."""
+    if not app.critical:
+        return
+    formations = await transaction.all(
+        Formation, f"SELECT {COLUMNS} FROM formations WHERE app_id = %s AND deleted_at IS NULL", (app.id,)
+    )
+    counts = {formation.release: formation.processes or {} for formation in formations}
+    others = [running for release, running in counts.items() if release != release_id]
+    for name, count in processes.items():
+        stops = count == 0 and counts.get(release_id, {}).get(name, 0) > 0
+        if stops and not any(running.get(name, 0) for running in others):
+            raise Conflict(f"refusing to scale {name} of {app.name} to nothing: the platform cannot be without it")
 
 
 def _emit_scale(transaction: Transaction, request: ScaleRequest, old: Processes, new: Processes | None) -> None:

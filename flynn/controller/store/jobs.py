@@ -44,7 +44,7 @@ class JobStore:
                     job.id,
                     job.host_id,
                     given("app", job.app),
-                    given("release", job.release),
+                    given("release", job.release) if job.release else None,  # a build before the first release
                     job.type,
                     job.state,
                     jsonb(job.meta or None),

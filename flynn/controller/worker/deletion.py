@@ -81,7 +81,7 @@ class AppDeletionProcedure:
                 await delete_formation_in(transaction, app, formation.release)
             await transaction.execute("UPDATE apps SET release_id = NULL WHERE app_id = %s", (app.id,))
             await transaction.execute(
-                "UPDATE deployments SET status = 'failed', finished_at = now()"
+                "UPDATE deployments SET status = 'failed', finished_at = now(), error = 'the app was deleted'"
                 " WHERE app_id = %s AND finished_at IS NULL",
                 (app.id,),
             )

@@ -13,16 +13,24 @@ from datetime import timedelta
 
 from flynn.aio.broadcast import Overflowed
 from flynn.controller.deploy.strategies import (
+    IN_PLACE,
     TOLERATED_FAILED_STARTS,
+    Counts,
+    NextStep,
     Progress,
     ScaleNew,
+    ScaleOld,
     Step,
+    Swap,
     UnsupportedStrategy,
     batch_size,
+    database_process,
     failed_start_message,
+    sirenia,
     strategy_steps,
 )
 from flynn.controller.hosts import Hosts
+from flynn.controller.store.formations import Change
 from flynn.controller.store.queue import QueuedJob
 from flynn.controller.stores import Stores
 from flynn.types.app import Strategy
@@ -38,6 +46,7 @@ log = logging.getLogger(__name__)
 
 ROLLBACK_WAIT = timedelta(seconds=10)
 MAX_BREAKDOWNS = 5  # of the worker's own; then the deployment fails instead of blocking its app
+DATABASE_PAUSE = timedelta(milliseconds=500)
 LOOK_AGAIN = timedelta(seconds=10)  # while waiting for a scale request whose event does not come
 
 
@@ -57,9 +66,11 @@ class DeploymentProcedure:
         try:
             deployment = await self._stores.deployments.get(str(job.args["ID"]))
         except NotFound:
-            return
+            return None
         if deployment.finished_at is not None:
-            return
+            return None
+        if deployment.error:  # an earlier attempt came to this verdict and was interrupted while taking it back
+            return await self._give_up(deployment, deployment.error)
         try:
             await self._perform(deployment)
         except (DeploymentError, UnsupportedStrategy) as error:
@@ -73,15 +84,21 @@ class DeploymentProcedure:
             await self._give_up(deployment, f"the deployment broke down: {error}")
 
     async def _perform(self, deployment: Deployment) -> None:
-        steps = strategy_steps(deployment.strategy)
         await self._stores.deployments.begin(deployment)
         if deployment.old_release != deployment.new_release:
             new = await self._stores.releases.get(deployment.new_release)
             batch = await self._batch(deployment)
+            steps = await self._steps(deployment, new)
             await self._settle(deployment, new)
             while (step := steps(await self._progress(deployment, new, batch))) is not None:
                 await self._scale(deployment, new, step)
         await self._stores.deployments.complete(deployment)
+
+    async def _steps(self, deployment: Deployment, new: Release) -> NextStep:
+        if deployment.strategy != Strategy.SIRENIA:
+            return strategy_steps(deployment.strategy)
+        old = await self._stores.releases.get(deployment.old_release) if deployment.old_release else Release()
+        return sirenia(await self._progress(deployment, new, 1), database_process(old.env, new.env))
 
     async def _batch(self, deployment: Deployment) -> int:
         needs_hosts = deployment.strategy == Strategy.IN_BATCHES and not deployment.deploy_batch_size
@@ -116,15 +133,25 @@ class DeploymentProcedure:
 
     async def _scale(self, deployment: Deployment, new: Release, step: Step) -> None:
         limit = timedelta(seconds=deployment.deploy_timeout)
-        raising = isinstance(step, ScaleNew)
-        release_id = new.id if raising else deployment.old_release
-        tags = await self._initial_tags(deployment, new) if raising else None
+        changes = []
+        match step:
+            case ScaleNew(processes):
+                changes = [await self._raised(deployment, new, processes)]
+            case ScaleOld(processes):
+                changes = [Change(deployment.old_release, dict(processes))]
+            case Swap(lowered, processes):
+                # In this order: the scheduler is to hear of the end of the old jobs first.
+                changes = [Change(deployment.old_release, dict(lowered))] if lowered else []
+                changes.append(await self._raised(deployment, new, processes))
+        last = changes[-1].release
         # Only jobs of the new release that go down while it is being raised are failures.
-        failures_of = new.processes if raising else ()
-        async with ScaleWatch(self._stores, deployment, release_id, failures_of) as watch:
-            request = await self._stores.formations.scale(deployment.app, release_id, dict(step.processes), tags)
-            if raising or getattr(step, "wait", True):
-                await watch.completed(request, limit)
+        async with ScaleWatch(self._stores, deployment, last, new.processes if last == new.id else ()) as watch:
+            requests = await self._stores.formations.change(deployment.app, changes)
+            if not isinstance(step, ScaleOld) or step.wait:
+                await watch.completed(requests[-1], limit)
+
+    async def _raised(self, deployment: Deployment, new: Release, processes: Counts) -> Change:
+        return Change(new.id, dict(processes), await self._initial_tags(deployment, new))
 
     async def _initial_tags(self, deployment: Deployment, new: Release) -> Tags | None:
         try:
@@ -136,6 +163,7 @@ class DeploymentProcedure:
     async def _give_up(self, deployment: Deployment, reason: str) -> None:
         """Bring the old release back to its counts, drop the new one, and only then close the deployment."""
         log.info("deployment failed", extra={"deployment": deployment.id, "reason": reason})
+        await self._stores.deployments.condemn(deployment, reason)
         try:
             await self._restore_old(deployment)
             if deployment.new_release != deployment.old_release:
@@ -150,10 +178,15 @@ class DeploymentProcedure:
         current = await self._counts(deployment.app, deployment.old_release)
         if not deployment.old_release or all(current.get(name, 0) == count for name, count in wanted.items()):
             return
+        changes = [Change(deployment.old_release, wanted)]
+        if deployment.strategy in IN_PLACE:
+            present = await self._counts(deployment.app, deployment.new_release)
+            if any(present.values()):
+                changes.insert(0, Change(deployment.new_release, dict.fromkeys(present, 0)))
         async with ScaleWatch(self._stores, deployment, deployment.old_release, ()) as watch:
-            request = await self._stores.formations.scale(deployment.app, deployment.old_release, wanted, None)
+            requests = await self._stores.formations.change(deployment.app, changes)
             try:
-                await watch.completed(request, ROLLBACK_WAIT)
+                await watch.completed(requests[-1], ROLLBACK_WAIT)
             except DeploymentError as error:
                 log.warning("rollback goes on without waiting", extra={"deployment": deployment.id, "error": error})
 
@@ -185,12 +218,20 @@ class ScaleWatch:
         """
         try:
             async with asyncio.timeout(limit.total_seconds()):
-                while not self._done(await self._stores.formations.scale_request(request.id) or request):
+                while not self._done(await self._now(request)):
                     await self._next_change(request)
         except TimeoutError:
             waited = limit.total_seconds()
             text = f"timed out waiting for scale to complete (waited {waited:g} seconds)"
             raise DeploymentError(text) from None
+
+    async def _now(self, request: ScaleRequest) -> ScaleRequest:
+        """Return the request as it stands. A database that is away may be the very thing that is being replaced."""
+        while True:
+            try:
+                return await self._stores.formations.scale_request(request.id) or request
+            except ServiceUnavailable:
+                await asyncio.sleep(DATABASE_PAUSE.total_seconds())
 
     def _done(self, request: ScaleRequest) -> bool:
         if request.state == ScaleState.CANCELLED:
