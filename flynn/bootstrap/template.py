@@ -5,6 +5,8 @@ Manifests are written for Go's text/template; of it they use five forms, and the
     {{ getenv "NAME" }}                        {{ .Singleton }}
     {{ md5sum (any of these) }}                {{ (index .StepData "step-id").Field }}
     {{ range $ip := .SortedHostIPs }}{{ $ip }}:1111,{{ end }}
+
+and one of ours: `.MemberIPs` in the place of `.SortedHostIPs`, the hosts whose discoverds keep the directory.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_RANGE = re.compile(r"\{\{\s*range\s+\$(\w+)\s*:=\s*\.SortedHostIPs\s*\}\}(.*?)\{\{\s*end\s*\}\}", re.S)
+_RANGE = re.compile(r"\{\{\s*range\s+\$(\w+)\s*:=\s*\.(SortedHostIPs|MemberIPs)\s*\}\}(.*?)\{\{\s*end\s*\}\}", re.S)
 _ACTION = re.compile(r"\{\{\s*(.*?)\s*\}\}")
 _STEP_DATA = re.compile(r'\(\s*index\s+\.StepData\s+"([^"]+)"\s*\)\.(\w+)')
 _GETENV = re.compile(r'getenv\s+"([^"]+)"')
@@ -42,11 +44,18 @@ def render(text: str, scope: Scope) -> str:
     """Replace every template in `text`. Raises TemplateError for what is not understood or not there yet."""
 
     def repeat(match: re.Match[str]) -> str:
-        variable, body = match.groups()
+        variable, which, body = match.groups()
         each = re.compile(r"\{\{\s*\$" + variable + r"\s*\}\}")
-        return "".join(each.sub(ip, body) for ip in sorted(scope.host_ips))
+        ips = member_ips(scope.host_ips) if which == "MemberIPs" else sorted(scope.host_ips)
+        return "".join(each.sub(ip, body) for ip in ips)
 
     return _ACTION.sub(lambda match: _evaluate(match.group(1), scope), _RANGE.sub(repeat, text))
+
+
+def member_ips(host_ips: Sequence[str]) -> list[str]:
+    """The hosts that keep the directory: an odd number, since one more would not survive more losses. Five at most."""
+    ips = sorted(host_ips)
+    return ips[: min(len(ips) if len(ips) % 2 else len(ips) - 1, 5)]
 
 
 def render_environment(environment: Mapping[str, str], scope: Scope) -> dict[str, str]:

@@ -17,12 +17,15 @@ from flynn.version import VERSION
 
 COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
+    "download": "flynn.host.cli.download:download",
+    "demote": "flynn.host.cli.membership:demote",
     "init": "flynn.host.cli.setup:init",
     "inspect": "flynn.host.cli.jobs:inspect",
     "join": "flynn.host.cli.joining:join",
     "list": "flynn.host.cli.cluster:list_hosts",
     "log": "flynn.host.cli.output:log",
     "log-sink": "flynn.host.cli.cluster:log_sink",
+    "promote": "flynn.host.cli.membership:promote",
     "ps": "flynn.host.cli.jobs:ps",
     "resource-check": "flynn.host.cli.cluster:resource_check",
     "run": "flynn.host.cli.output:run",

@@ -3,7 +3,7 @@
 import pytest
 from pytest import param
 
-from flynn.bootstrap.template import Scope, TemplateError, render, render_environment
+from flynn.bootstrap.template import Scope, TemplateError, member_ips, render, render_environment
 
 SCOPE = Scope(
     step_data={"pw": {"data": "s3cret"}, "cert": {"ca_cert": "CA", "pin": "PIN"}, "image": {"id": "i1"}},
@@ -45,3 +45,13 @@ def test_what_is_not_there_is_an_error(text: str) -> None:
 
 def test_empty_variables_are_dropped() -> None:
     assert render_environment({"A": '{{ getenv "UNSET" }}', "B": "x"}, SCOPE) == {"B": "x"}
+
+
+@pytest.mark.parametrize(("hosts", "members"), [(1, 1), (3, 3), (4, 3), (5, 5), (6, 5), (9, 5)])
+def test_an_odd_number_of_hosts_keeps_the_directory(hosts: int, members: int) -> None:
+    ips = [f"10.0.0.{number}" for number in range(1, hosts + 1)]
+    assert member_ips(ips[::-1]) == ips[:members]
+
+
+def test_the_addresses_of_members_alone() -> None:
+    assert render("{{ range $ip := .MemberIPs }}{{ $ip }},{{ end }}", SCOPE) == "10.0.0.10,"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flynn.aio.supervisor import supervisor
 from flynn.discoverd.directory import LiveDirectory
 from flynn.identity.authority import ClusterCA
 from flynn.types.errors import ApiError, Conflict
@@ -79,11 +80,9 @@ async def watched(node: Running, service: str) -> AsyncIterator[list[tuple[Event
             async for event in events:
                 heard.append((event.kind, event.instance.addr if event.instance else ""))
 
-    task = asyncio.create_task(listen())
-    try:
+    async with supervisor() as spawn:
+        spawn("listen", listen())
         yield heard
-    finally:
-        task.cancel()
 
 
 async def test_an_observer_knows_all_and_sends_writes_to_the_leader(lab: Lab) -> None:

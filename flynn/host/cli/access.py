@@ -61,6 +61,25 @@ async def local_host() -> AsyncIterator[HostClient]:
 
 
 @asynccontextmanager
+async def discoverd_at(address: str) -> AsyncIterator[HttpClient]:
+    """The discoverd of a node, by the certificate of this one."""
+    identity = Identity.load(state_dir() / "identity")
+    async with HttpClient(f"https://{address}", tls=identity, server_name="discoverd.discoverd") as http:
+        yield http
+
+
+async def directory_peers() -> tuple[list[str], str]:
+    """The members (`ip:1111`) as this machine's discoverd knows them, and the one that leads, if any."""
+    async with HttpClient("http://127.0.0.1:1111", auth=KeyAuth(admin_key()), timeout=DISCOVERD_SECONDS) as http:
+        peers = await http.get("/raft/peers", answer=list[str])
+        try:
+            leader = (await http.get("/raft/leader", answer=dict[str, str])).get("host", "")
+        except ApiError:
+            leader = ""
+    return peers, leader
+
+
+@asynccontextmanager
 async def all_hosts() -> AsyncIterator[list[Found]]:
     """Every host discoverd knows, and this machine's in any case."""
     async with local_host() as own:

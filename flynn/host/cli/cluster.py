@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from flynn.host.cli.access import all_hosts, host_named, local_host, runs
+from flynn.discoverd.config import PORT
+from flynn.host.cli.access import all_hosts, directory_peers, host_named, local_host, runs
 from flynn.host.cli.show import emit, table
 from flynn.types.codec import encode
-from flynn.types.errors import Conflict
+from flynn.types.errors import ApiError, Conflict
 from flynn.types.host import ResourceCheckPort
 
 PLATFORM_PORTS = (1111, 1113, 53, 5002, 80, 443)
@@ -41,8 +42,26 @@ async def status(as_json: bool) -> None:
 async def list_hosts(as_json: bool) -> None:
     """List the hosts of the cluster."""
     async with all_hosts() as hosts:
-        rows = [("ID", "ADDR")] + [(host.id, host.address) for host in hosts]
-        emit(rows, [{"id": host.id, "addr": host.address} for host in hosts], as_json)
+        roles = await _roles([host.address for host in hosts])
+        rows = [("ID", "ADDR", "RAFT STATUS")] + [(host.id, host.address, roles[host.address]) for host in hosts]
+        found = [{"id": host.id, "addr": host.address, "raft_status": roles[host.address]} for host in hosts]
+        emit(rows, found, as_json)
+
+
+async def _roles(addresses: list[str]) -> dict[str, str]:
+    """What the discoverd of each host is to the directory; empty while nobody can tell."""
+    try:
+        peers, leader = await directory_peers()
+    except ApiError:
+        return dict.fromkeys(addresses, "")
+
+    def role(address: str) -> str:
+        discoverd = f"{address.rpartition(':')[0]}:{PORT}"
+        if discoverd not in peers:
+            return "proxy"
+        return "peer (leader)" if discoverd == leader else "peer"
+
+    return {address: role(address) for address in addresses}
 
 
 @click.group(invoke_without_command=True)
