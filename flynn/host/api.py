@@ -13,6 +13,7 @@ from flynn.host.jobs.book import JobBook
 from flynn.host.joining import Authority, Joining, JoinRequest, TokenCreated, TokenRequest, Welcome
 from flynn.host.logs.sinks import Sinks
 from flynn.host.node import Node
+from flynn.host.releases import Releases
 from flynn.host.runner import JobRunner
 from flynn.host.volumes.book import VolumeBook
 from flynn.http.server import Api, EventStream, Raw, Request, Streaming
@@ -56,10 +57,11 @@ class HostApi:
         volumes: VolumeBook,
         sinks: Sinks,
         joining: Joining,
+        releases: Releases,
     ) -> None:
         self._node, self._book, self._runner = node, book, runner
         self._attachments, self._volumes, self._sinks = attachments, volumes, sinks
-        self._joining = joining
+        self._joining, self._releases = joining, releases
 
     def api(self) -> Api:
         """Return the table of endpoints."""
@@ -76,6 +78,7 @@ class HostApi:
         api.route("POST", "/host/network", self._configure_network, allow=NETWORKERS)
         api.route("POST", "/host/resource-check", self._resource_check, allow=OPERATORS)
         api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
+        api.route("POST", "/host/pull/images", self._pull_images, allow=HOSTS)
         api.route("POST", "/host/tokens", self._create_token, allow=HOSTS)
         api.route("GET", "/host/ca", self._authority, allow=ANYONE)
         api.route("POST", "/host/join", self._join, allow=ANYONE, max_body_bytes=MAX_JOIN_BYTES)  # the secret decides
@@ -173,6 +176,12 @@ class HostApi:
     async def _join(self, request: Request) -> Welcome:
         wanted = await request.body(JoinRequest)
         return await self._joining.welcome(wanted, request.other_end, self._node.hosts)
+
+    async def _pull_images(self, request: Request) -> EventStream:
+        # The body, the asker's own idea of whom to trust, is not looked at: that is this host's affair.
+        if not request.query("repository"):
+            raise ValidationError("repository", "must be set")
+        return EventStream(self._releases.pull(request.query("repository"), request.query("version")))
 
     # Volumes
 

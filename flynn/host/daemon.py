@@ -33,6 +33,7 @@ from flynn.host.logs.files import LogDirectory
 from flynn.host.logs.sinks import Sinks
 from flynn.host.networking import NodeNetwork
 from flynn.host.node import Node
+from flynn.host.releases import Releases
 from flynn.host.runner import JobRunner
 from flynn.host.runtime.layers import LayerMounts
 from flynn.host.runtime.runtime import Runtime
@@ -89,14 +90,22 @@ async def running(config: Config) -> AsyncIterator[None]:
         await volumes.open()
         certificates = JobCertificates(certificate_authority, clock, config.key_file.read_bytes())
         live = LiveJobs()
-        layers = LayerStore(config.state_dir / "layers", _Sources(discovery, identity).client, tasks)
+        mounts = LayerMounts(config.state_dir / "layers")
+        releases = Releases(config.state_dir, config.config_dir)
+        layers = LayerStore(
+            config.state_dir / "layers",
+            _Sources(discovery, identity).client,
+            tasks,
+            released=releases,
+            mounted=mounts.mounted,
+        )
         machine = Machine(
             facts=HostFacts(host_id=config.id, external_ip=str(config.external_ip), listen_ip=config.listen_ip),
             partitions=config.partitions,
             directory=config.state_dir / "jobs",
             runtime=runtime,
             layers=layers,
-            mounts=LayerMounts(config.state_dir / "layers"),
+            mounts=mounts,
             scratch=scratch,
             volumes=volumes,
             network=network,
@@ -160,6 +169,7 @@ async def running(config: Config) -> AsyncIterator[None]:
             volumes=volumes,
             sinks=sinks,
             joining=joining,
+            releases=releases,
         )
         api = host_api.api()
         outside = config.listen_ip or str(config.external_ip)

@@ -35,6 +35,7 @@ ALLOWED = {
     "POST /host/network": {"operator", "host", "flannel"},
     "POST /host/resource-check": OPERATORS,
     "POST /host/tags": OPERATORS,
+    "POST /host/pull/images": {"operator", "host"},
     "POST /host/tokens": {"operator", "host"},
     "GET /host/ca": set(CALLERS),
     "POST /host/join": set(CALLERS),
@@ -58,7 +59,7 @@ ALLOWED = {
 @pytest.fixture(scope="module")
 def endpoints() -> dict[str, Any]:
     nothing = cast(Any, None)
-    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining")
+    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining", "releases")
     api = HostApi(**dict.fromkeys(parts, nothing)).api()
     return {f"{endpoint.method} {endpoint.path}": endpoint for endpoint in api.endpoints}
 

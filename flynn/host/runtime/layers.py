@@ -47,6 +47,10 @@ class LayerMounts:
                 self._mounted.add(layer)
         return target
 
+    def mounted(self, layer: str) -> bool:
+        """Tell whether a layer is mounted."""
+        return layer in self._mounted
+
     async def release(self, user: str) -> None:
         """Drop all uses of one user; layers without any other are unmounted. Idempotent."""
         for layer in [layer for layer, users in self._users.items() if user in users]:

@@ -1,0 +1,1 @@
+"""Getting signed releases onto this host: fetch, trust, pull. Imported when it is needed: it brings the TUF library."""

@@ -1,0 +1,69 @@
+"""Signed releases as the daemon uses them: downloads in threads that can be broken off.
+
+The download package and its libraries are imported at the first use; most daemons never have one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flynn.host.download.errors import DownloadFailed
+from flynn.types.errors import ApiError
+from flynn.types.host import ImagePullInfo
+
+if TYPE_CHECKING:
+    from flynn.host.download.trust import TrustedRepository
+
+
+class Releases:
+    """What this host may take from repositories it trusts."""
+
+    def __init__(self, state_dir: Path, config_dir: Path) -> None:
+        self._state_dir, self._config_dir = state_dir, config_dir
+
+    async def fetch(self, repository: str, name: str) -> Path:
+        """Return where the verified content of a file is; the caller takes it. Raises `DownloadFailed`."""
+        source = self._trusted(repository)
+        try:
+            return await asyncio.to_thread(source.fetch, name)
+        except asyncio.CancelledError:
+            source.cut()
+            raise
+
+    async def pull(self, repository: str, version: str) -> AsyncIterator[ImagePullInfo]:
+        """Have a release on this host, telling each layer and image when it is here. Raises `ApiError`."""
+        from flynn.host.download.pull import Places, Pulled, pull, wanted_version
+
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[Pulled | None] = asyncio.Queue()  # no more than the release has images and layers
+
+        def tell(pulled: Pulled | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, pulled)
+
+        def work() -> None:
+            try:
+                wanted = wanted_version(source, version=version, channel="")
+                pull(source, wanted, Places(self._state_dir / "layers", self._config_dir), tell)
+            finally:
+                tell(None)
+
+        try:
+            source = self._trusted(repository)
+            working = asyncio.ensure_future(asyncio.to_thread(work))
+            try:
+                while (pulled := await told.get()) is not None:
+                    yield pulled
+                await working
+            finally:
+                source.cut()
+                working.cancel()
+        except DownloadFailed as error:
+            raise ApiError(str(error)) from error
+
+    def _trusted(self, repository: str) -> TrustedRepository:
+        from flynn.host.download.trust import ROOT_FILE, TrustedRepository
+
+        return TrustedRepository(repository, self._state_dir / "tuf", roots=(self._config_dir / ROOT_FILE,))
