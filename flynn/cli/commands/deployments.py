@@ -44,8 +44,11 @@ async def listing(context: Context) -> None:
     async with context.controller() as controller:
         deployments = await controller.deployments(context.app)
     now = datetime.now(UTC)
+    reasons = [d.error.partition("\n")[0] for d in deployments]
     rows = [["ID", "STATUS", "CREATED", "FINISHED"]]
     rows += [[d.id, d.status, age(d.created_at, now), age(d.finished_at, now)] for d in deployments]
+    if any(reasons):  # one column more than the original has, and only where it says something
+        rows = [[*row, last] for row, last in zip(rows, ["ERROR", *reasons], strict=True)]
     show(table(rows), end="")
 
 
