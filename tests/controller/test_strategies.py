@@ -117,9 +117,8 @@ def test_from_any_state_every_strategy_ends_where_it_should(
     batch: int,
     data: st.DataObject,
 ) -> None:
-    strategy = data.draw(
-        st.sampled_from(["all-at-once", "one-by-one", "one-down-one-up", "in-batches", "discoverd-meta"])
-    )
+    strategies = ["all-at-once", "one-by-one", "one-down-one-up", "in-batches", "discoverd-meta"]
+    strategy = data.draw(st.sampled_from(strategies))
     new = {name: min(count, wanted.get(name, 0)) for name, count in new.items() if name in types}
     progress = Progress(wanted=wanted, types=types, old=old, new=new, batch=batch)
     end = walk(strategy, progress)[1][-1]
