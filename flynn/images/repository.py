@@ -20,7 +20,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 from tuf.repository import Repository
@@ -262,12 +261,11 @@ class SignedRepository(Repository):
         for signer in self._ring.signers(role):
             if signer.public_key.keyid in trusted:
                 metadata.sign(signer, append=True)
-        try:
-            for judge in [root] if before is None or role != "root" else [root, before.signed]:
-                judge.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        except UnsignedMetadataError as error:
-            needed = f"{len(metadata.signatures)} of the keys that sign {role} are in {self._ring.directory(role)}"
-            raise KeyProblem(f"cannot sign {role}: {needed}, {root.roles[role].threshold} are needed") from error
+        for judge in [root] if before is None or role != "root" else [root, before.signed]:
+            result = judge.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+            if not result:
+                found = f"{len(result.signed)} of the keys that sign {role} are in {self._ring.directory(role)}"
+                raise KeyProblem(f"cannot sign {role}: {found}, {result.threshold} are needed")
         self._metadata.mkdir(parents=True, exist_ok=True)
         path = self._path(role, signed.version)
         write_synced(path, metadata.to_bytes())
