@@ -79,7 +79,8 @@ def test_the_client_says_what_is_wrong(user: User) -> None:
     for arguments, text in [
         (("-a", "nosuch", "ps"), "not found"),
         (("nosuchcommand",), "is not a flynn command"),
-        (("-a", "nosuch", "scale", "web=x"), "could not parse quantity"),
+        (("-a", "nosuch", "scale", "web=1"), "no app release"),
+        (("-a", "nosuch", "kill", "x"), "could not kill"),
     ]:
         done = user.run("flynn", *arguments)
         assert done.returncode == 1
