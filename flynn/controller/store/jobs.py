@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flynn.controller import validation
 from flynn.controller.database import Database, jsonb
 from flynn.controller.ids import given, is_uuid
 from flynn.types.errors import NotFound
 from flynn.types.event import EventType
+from flynn.types.formation import ScaleRequest
 from flynn.types.job import Job, JobState
 
 COLUMNS = """
@@ -87,6 +90,15 @@ class JobStore:
         """Return all jobs an app ever had, newest first."""
         return await self._database.all(
             Job, f"SELECT {COLUMNS} FROM job_cache WHERE app_id = %s ORDER BY created_at DESC, job_id", (app_id,)
+        )
+
+    async def ended_since(self, request: ScaleRequest, types: Collection[str], limit: int) -> list[Job]:
+        """Return jobs that were made for a scale request and have ended already, the latest first."""
+        return await self._database.all(
+            Job,
+            f"SELECT {COLUMNS} FROM job_cache WHERE app_id = %s AND release_id = %s AND process_type = ANY(%s)"
+            " AND state = 'down' AND created_at >= %s ORDER BY updated_at DESC, job_id LIMIT %s",
+            (request.app, request.release, list(types), request.created_at, limit),
         )
 
     async def active(self) -> list[Job]:

@@ -199,7 +199,6 @@ class ScaleWatch:
         self._app_id = deployment.app
         self._release_id = release_id
         self._failing_types = failing_types
-        self._failures = 0
         self._subscription = stores.hub.subscribe()
 
     async def __aenter__(self) -> ScaleWatch:
@@ -218,45 +217,52 @@ class ScaleWatch:
         """
         try:
             async with asyncio.timeout(limit.total_seconds()):
-                while not self._done(await self._now(request)):
+                while not await self._reached(request):
                     await self._next_change(request)
         except TimeoutError:
             waited = limit.total_seconds()
             text = f"timed out waiting for scale to complete (waited {waited:g} seconds)"
             raise DeploymentError(text) from None
 
-    async def _now(self, request: ScaleRequest) -> ScaleRequest:
-        """Return the request as it stands. A database that is away may be the very thing that is being replaced."""
+    async def _reached(self, request: ScaleRequest) -> bool:
+        """Look where things stand. A database that is away may be the very thing that is being replaced."""
         while True:
             try:
-                return await self._stores.formations.scale_request(request.id) or request
+                current = await self._stores.formations.scale_request(request.id) or request
+                if current.state == ScaleState.CANCELLED:
+                    raise DeploymentError("scale request cancelled")
+                if current.state == ScaleState.COMPLETE:
+                    return True
+                await self._look_for_failures(request)
             except ServiceUnavailable:
                 await asyncio.sleep(DATABASE_PAUSE.total_seconds())
+            else:
+                return False
 
-    def _done(self, request: ScaleRequest) -> bool:
-        if request.state == ScaleState.CANCELLED:
-            raise DeploymentError("scale request cancelled")
-        return request.state == ScaleState.COMPLETE
+    async def _look_for_failures(self, request: ScaleRequest) -> None:
+        """Raise `DeploymentError` if too many jobs went down. Asked of the records: a worker that takes over knows."""
+        if not self._failing_types:
+            return
+        ended = await self._stores.jobs.ended_since(request, self._failing_types, TOLERATED_FAILED_STARTS + 1)
+        if len(ended) > TOLERATED_FAILED_STARTS:
+            raise DeploymentError(failed_start_message(ended[0].type, ended[0].host_error))
 
     async def _next_change(self, request: ScaleRequest) -> None:
-        """Return when the request has changed, or after a while in any case."""
+        """Return when the request has changed or a job ended, or after a while in any case."""
         try:
             async with asyncio.timeout(LOOK_AGAIN.total_seconds()):
                 async for event in self._events:
                     if event.object_type == EventType.SCALE_REQUEST and event.object_id == request.id:
                         return
-                    self._count_failure(event)
+                    if self._may_be_a_failure(event):
+                        return
         except TimeoutError:
             return
         except Overflowed as error:
             raise ServiceUnavailable("too many events to follow") from error
 
-    def _count_failure(self, event: Event) -> None:
+    def _may_be_a_failure(self, event: Event) -> bool:
         if event.object_type != EventType.JOB or event.app != self._app_id:
-            return
+            return False
         job = convert(event.data, Job)
-        if job.release != self._release_id or job.type not in self._failing_types or job.state != JobState.DOWN:
-            return
-        self._failures += 1
-        if self._failures > TOLERATED_FAILED_STARTS:
-            raise DeploymentError(failed_start_message(job.type, job.host_error))
+        return job.release == self._release_id and job.type in self._failing_types and job.state == JobState.DOWN.value
