@@ -18,7 +18,7 @@ from flynn.host.runner import JobRunner
 from flynn.host.volumes.book import VolumeBook
 from flynn.http.server import Api, EventStream, Raw, Request, Streaming
 from flynn.identity.access import ANYONE, access
-from flynn.types.codec import decode, replace
+from flynn.types.codec import Wire, always, decode, replace
 from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
 from flynn.types.host import (
     ActiveJob,
@@ -42,6 +42,12 @@ HOSTS = access("operator", "host")
 
 MAX_JOIN_BYTES = 4096
 EVENTS_BEHIND = 5000  # a reader this far behind is cut off; it relists when it comes back
+
+
+class Drain(Wire):
+    """`POST /host/drain`."""
+
+    draining: bool = always(True)
 
 
 class HostApi:
@@ -79,6 +85,7 @@ class HostApi:
         api.route("POST", "/host/resource-check", self._resource_check, allow=OPERATORS)
         api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
         api.route("POST", "/host/pull/images", self._pull_images, allow=HOSTS)
+        api.route("POST", "/host/drain", self._drain, allow=HOSTS)
         api.route("POST", "/host/tokens", self._create_token, allow=HOSTS)
         api.route("GET", "/host/ca", self._authority, allow=ANYONE)
         api.route("POST", "/host/join", self._join, allow=ANYONE, max_body_bytes=MAX_JOIN_BYTES)  # the secret decides
@@ -164,6 +171,9 @@ class HostApi:
 
     async def _set_tags(self, request: Request) -> None:
         await self._node.set_tags(await request.body(dict[str, str]))
+
+    async def _drain(self, request: Request) -> None:
+        await self._node.set_draining((await request.body(Drain)).draining)
 
     # Joining
 

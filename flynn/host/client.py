@@ -179,6 +179,10 @@ class HostClient:
         """Merge tags into the host's; an empty value deletes one."""
         await self._http.post("/host/tags", dict(tags))
 
+    async def drain(self, *, draining: bool = True) -> None:
+        """Get no new jobs from the scheduler (and give up the platform's own), or get them again."""
+        await self._http.post("/host/drain", {"draining": draining})
+
     async def resource_check(self, ports: Sequence[ResourceCheckPort]) -> None:
         """Check that ports are free on the host. Raises `Conflict` whose detail lists those that are not."""
         await self._http.post("/host/resource-check", ResourceCheck(ports=list(ports)))

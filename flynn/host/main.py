@@ -19,6 +19,7 @@ COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
     "download": "flynn.host.cli.download:download",
     "demote": "flynn.host.cli.membership:demote",
+    "drain": "flynn.host.cli.drain:drain",
     "init": "flynn.host.cli.setup:init",
     "inspect": "flynn.host.cli.jobs:inspect",
     "join": "flynn.host.cli.joining:join",

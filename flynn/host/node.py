@@ -48,6 +48,7 @@ class Node:
         self._volumes, self._identity, self._boot_id = volumes, identity, boot_id
         self._tags = {**config.tags, **(store.setting("tags", dict[str, str]) or {})}
         self._tags = {key: value for key, value in self._tags.items() if value}
+        self._draining = store.setting("draining", bool) or False
         self._slots = store.setting("slots", dict[str, str]) or {}
         self._hosts: dict[str, str] = {}
         address = f"{config.external_ip}:{config.http_port}"
@@ -124,8 +125,15 @@ class Node:
         await self._store.commit(state.save_setting("tags", kept), durable=True)
         self.announcement.set_meta(self._meta())
 
+    async def set_draining(self, draining: bool) -> None:
+        """Get no more jobs from the scheduler, also after a restart, or get them again."""
+        self._draining = draining
+        await self._store.commit(state.save_setting("draining", draining), durable=True)
+        self.announcement.set_meta(self._meta())
+
     def _meta(self) -> dict[str, str]:
-        return {"id": self._config.id, **{f"tag:{key}": value for key, value in sorted(self._tags.items())}}
+        going = {"shutdown": "true"} if self._draining else {}
+        return {"id": self._config.id, **going, **{f"tag:{key}": value for key, value in sorted(self._tags.items())}}
 
     async def follow_hosts(self) -> NoReturn:
         """Keep the packet filter informed about which addresses are hosts."""

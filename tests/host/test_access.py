@@ -36,6 +36,7 @@ ALLOWED = {
     "POST /host/resource-check": OPERATORS,
     "POST /host/tags": OPERATORS,
     "POST /host/pull/images": {"operator", "host"},
+    "POST /host/drain": {"operator", "host"},
     "POST /host/tokens": {"operator", "host"},
     "GET /host/ca": set(CALLERS),
     "POST /host/join": set(CALLERS),
