@@ -88,6 +88,8 @@ SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger
 RESURRECTION = timedelta(seconds=3)  # for a host to show the successor of a job that it brings back by itself
 
 LEAVING_PAUSE = timedelta(milliseconds=200)  # between looks at whether the job to be waited for has ended
+FAILED_STARTS = 5  # in a row; with one more a release of the platform's base is taken back, as the controller does
+REPLACED_IN_PLACE = frozenset((Strategy.DISCOVERD_META, Strategy.SIRENIA))
 ONE_AT_A_TIME = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.DISCOVERD_META))
 
 FORMATIONS = "formations"
@@ -126,6 +128,8 @@ class Engine:
         self._service_since: dict[JobID, datetime] = {}
         self._watched: frozenset[str] = frozenset()
         self._formations_changed = False
+        self._lowered: dict[tuple[FormationKey, str], int] = {}  # what a type had before it was scaled to nothing
+        self._overruled: dict[FormationKey, datetime | None] = {}  # versions of formations that are not followed
         self._due: list[tuple[datetime, int, str, str]] = []
         self._timer_count = 0
 
@@ -360,7 +364,10 @@ class Engine:
             self._to_place.pop(after.id, None)
             self._release_volumes(after, now)
             if self.leader and before.state is not JobState.STOPPING and after.in_formation and before.host:
-                self._ended[after.key, after.type].append(restart_of(after, now))
+                restart = restart_of(after, now)
+                self._ended[after.key, after.type].append(restart)
+                if before.state is not JobState.RUNNING and restart.restarts > FAILED_STARTS:
+                    self._take_back(after)
                 if resurrected:
                     self._resurrecting.setdefault((after.key, after.type), []).append(now + RESURRECTION)
                     self._after(RESURRECTION, now, "successor missing")
@@ -545,14 +552,52 @@ class Engine:
 
     # Formations
 
+    def _take_back(self, job: Job) -> None:
+        """Let the release before run again, where the platform's base was replaced by something that does not start.
+
+        Whoever decides about deployments may need the very thing that is missing now: no database, no rollback. The
+        worker comes to the same verdict from the same failures as soon as it can; until it has spoken the formations
+        as they are in the database are not followed.
+        """
+        new = self.world.formations.get(job.key)
+        if (
+            new is None
+            or not new.app.critical
+            or new.app.strategy not in REPLACED_IN_PLACE
+            or not new.wanted.get(job.type)
+        ):
+            return
+        for old in [formation for formation in self.world.formations.values() if formation.app.id == job.app]:
+            count = self._lowered.pop((old.key, job.type), 0)
+            if not count or old.key == new.key or old.wanted.get(job.type):
+                continue
+            log.error(
+                "release does not start, the one before runs again",
+                extra={"app": new.app.name, "type": job.type, "release": new.release.id, "before": old.release.id},
+            )
+            for formation, wanted in ((new, 0), (old, count)):
+                self._overruled[formation.key] = formation.updated_at
+                self.world.formations[formation.key] = replace(
+                    formation, wanted={**formation.wanted, job.type: wanted}, scale_request=None
+                )
+                self._dirty[formation.key] = None
+            return
+
     def _formation(self, given: Formation, now: datetime) -> None:
         key = given.key
         self._received_at[key] = now
+        if key in self._overruled:
+            if given.updated_at == self._overruled[key]:
+                return
+            del self._overruled[key]
         stored = self.world.formations.get(key)
         match formations.accept(stored, given):
             case formations.Stale():
                 return
             case formations.Accepted(formation, changed):
+                for type, count in (stored.wanted if stored is not None else {}).items():
+                    if count and not formation.wanted.get(type):
+                        self._lowered[key, type] = count
                 self.world.formations[key] = formation
                 if changed:
                     self._dirty[key] = None
@@ -564,7 +609,8 @@ class Engine:
         for formation in event.formations:
             self._formation(formation, now)
         for key, formation in list(self.world.formations.items()):
-            if key not in active and formation.active and self._received_at[key] < event.asked_at:
+            known = key in active or key in self._overruled
+            if not known and formation.active and self._received_at[key] < event.asked_at:
                 self._formation(replace(formation, wanted={}, updated_at=formation.updated_at), now)
 
     # The controller's records

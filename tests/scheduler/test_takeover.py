@@ -27,7 +27,7 @@ from flynn.scheduler.events import (
     Tick,
 )
 from flynn.scheduler.model import Formation, HostID, VolumeID
-from flynn.types.app import SYSTEM_APP, VOLUME_SCOPE, App
+from flynn.types.app import SYSTEM_APP, SYSTEM_CRITICAL, VOLUME_SCOPE, App
 from flynn.types.host import JobStatus
 from flynn.types.release import ProcessType, Release, VolumeReq
 
@@ -43,6 +43,7 @@ class Stage:
         self.engine = Engine(Random(1), lambda: f"{next(ids):08d}-0000-4000-8000-000000000000")
         self.now = datetime(2024, 5, 1, tzinfo=UTC)
         self.started: list[StartJob] = []
+        self.crashing = ""  # jobs of this release end before they are up
         self.stops: list[StopJob] = []
         self.tell(HostSeen(NODE, {}), LeadershipChanged(True))
         self.tell(JobsListed(NODE, (), self.now), FormationsListed((), self.now), RecordsListed((), self.now))
@@ -63,7 +64,8 @@ class Stage:
             if isinstance(action, StartJob):
                 self.started.append(action)
                 self.tell(StartDone(action.job.id, NODE, tuple(v.id for v in action.volumes), ""))
-                self.report(action, JobStatus.RUNNING)
+                crashes = action.job.release == self.crashing
+                self.report(action, JobStatus.CRASHED if crashes else JobStatus.RUNNING)
 
     def report(self, start: StartJob, status: JobStatus) -> None:
         job = start.job
@@ -84,10 +86,12 @@ class Stage:
             )
         )
 
-    def scale(self, release: str, wanted: int, *, meta: dict[str, str], strategy: str = "sirenia") -> None:
+    def scale(
+        self, release: str, wanted: int, *, meta: dict[str, str], strategy: str = "sirenia", at: datetime | None = None
+    ) -> None:
         app = App(id="db", name="db", meta=meta, strategy=strategy)
         process = ProcessType(volumes=[VolumeReq(path="/data")], omni=strategy == "discoverd-meta")
-        formation = Formation(app, Release(id=release, processes={"db": process}), wanted={"db": wanted})
+        formation = Formation(app, Release(id=release, processes={"db": process}), wanted={"db": wanted}, updated_at=at)
         self.tell(FormationReceived(formation))
 
     def data(self, index: int) -> VolumeID:
@@ -151,3 +155,32 @@ def test_side_by_side_each_has_its_own_and_the_latest_data_are_taken_over() -> N
         stage.report(stage.started[index], JobStatus.DONE)
     stage.scale("r3", 1, meta=SYSTEM, strategy="one-by-one")
     assert stage.data(2) == stage.data(1)
+
+
+def test_a_database_that_does_not_start_makes_way_for_the_one_before() -> None:
+    """Without a database the controller could not roll back. It does when it can, and has the last word."""
+    stage = Stage()
+    critical = {**SYSTEM, SYSTEM_CRITICAL: "true"}
+    begun = stage.now
+    stage.scale("r1", 1, meta=critical, at=begun)
+    stage.crashing = "r2"
+    swapped = begun + timedelta(seconds=1)
+    stage.scale("r1", 0, meta=critical, at=swapped)
+    stage.scale("r2", 1, meta=critical, at=swapped)
+    stage.report(stage.started[0], JobStatus.DONE)
+    stage.wait(20)
+    assert [start.job.release for start in stage.started] == ["r1", *["r2"] * 6, "r1"]
+    assert len({stage.data(index) for index in range(8)}) == 1
+    for release, wanted in (("r1", 0), ("r2", 1)):
+        stage.scale(release, wanted, meta=critical, at=swapped)  # the stream of the controller that is back repeats it
+    stage.tell(FormationsListed((), stage.now))
+    stage.wait(20)
+    assert len(stage.started) == 8 and len(stage.stops) == 1
+    decided = swapped + timedelta(seconds=60)
+    stage.scale("r2", 0, meta=critical, at=decided)
+    stage.scale("r1", 1, meta=critical, at=decided)
+    stage.wait(5)
+    assert len(stage.started) == 8 and len(stage.stops) == 1
+    stage.scale("r1", 2, meta=critical, at=decided + timedelta(seconds=1))
+    stage.wait(5)
+    assert len(stage.started) == 9
