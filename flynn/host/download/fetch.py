@@ -149,17 +149,19 @@ class Web:
                     asked = request.Request(address, headers=headers)
                     answer = opener.open(asked, timeout=self._limits.silence.total_seconds())
                 except HTTPError as error:
-                    with error:
-                        if error.code in (429, 500, 502, 503, 504):
-                            raise Interrupted(f"the server answers {error.code}") from error
-                        if error.code == 416 and offset:  # the file ends here
-                            return
-                        raise DownloadHTTPError(f"{address}: {error.code} {error.reason}", error.code) from error
+                    error.close()
+                    if error.code in (429, 500, 502, 503, 504):
+                        raise Interrupted(f"the server answers {error.code}") from error
+                    if error.code == 416 and offset:  # the file ends here
+                        return
+                    raise DownloadHTTPError(f"{address}: {error.code} {error.reason}", error.code) from error
                 except (URLError, OSError, http.client.HTTPException) as error:
                     if not in_time():
                         raise SlowRetrievalError(f"{address}: no answer in {self._limits.answer}") from error
                     raise Interrupted(_reason(error)) from error
             with answer:
+                if not in_time():  # the library takes headers that break off for complete ones
+                    raise SlowRetrievalError(f"{address}: no answer in {self._limits.answer}")
                 yield from self._body(answer, address, offset)
 
     def _body(self, answer: Any, address: str, offset: int) -> Iterator[bytes]:
