@@ -84,6 +84,7 @@ class LiveDirectory:
         self._heard: dict[expiry.Key, float] = {}
         self._expiring: set[expiry.Key] = set()
         self._leading_since: float | None = None
+        self._ending: ApiError | None = None
         self._leadership = asyncio.Event()  # set on every change, for the task that looks after it
 
     # Reads.
@@ -93,6 +94,8 @@ class LiveDirectory:
 
     async def watch(self, name: str) -> AsyncIterator[DiscoverdEvent]:
         """The state of a service, `current`, then every change; raises Overflowed when read too slowly."""
+        if self._ending is not None:
+            raise self._ending
         changes = self._changes.setdefault(name, Broadcast())
         async with changes.subscribe(WATCHER_LIMIT) as live:
             # Nothing is awaited between subscribing and looking, so no change is missed and none comes twice.
@@ -101,6 +104,15 @@ class LiveDirectory:
                 yield event
             async for event in live:
                 yield event
+
+    def end_watches(self, reason: ApiError) -> None:
+        """Send all watchers elsewhere, or here again when the next process listens, and expire nobody any more.
+
+        A process that stops takes no heartbeats. Watchers that stayed until its end would be told that everybody left.
+        """
+        self._ending = reason
+        for changes in self._changes.values():
+            changes.close(reason)
 
     # Writes. All of them raise ServiceUnavailable when there is no majority, or on a member that does not lead.
 
@@ -231,7 +243,7 @@ class LiveDirectory:
         while True:
             before = self._clock.monotonic()
             await self._clock.sleep(expiry.CHECK_EVERY)
-            if self._leading_since is None:
+            if self._leading_since is None or self._ending is not None:
                 continue
             if self._clock.monotonic() - before > expiry.STOPPED.total_seconds():
                 # It was us who stood still, with the others' heartbeats waiting in our sockets: begin anew.

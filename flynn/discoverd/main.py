@@ -16,7 +16,7 @@ from flynn.aio.backoff import Backoff, retrying
 from flynn.aio.clock import Clock, SystemClock
 from flynn.aio.supervisor import supervisor
 from flynn.discoverd import config as configuration
-from flynn.discoverd import directory, nameserver
+from flynn.discoverd import directory, nameserver, standing
 from flynn.discoverd.api import DiscoverdApi
 from flynn.discoverd.client import Discoverd
 from flynn.discoverd.config import Config
@@ -29,7 +29,7 @@ from flynn.discoverd.raft.node import NotReplicated, RaftConfig
 from flynn.discoverd.recursion import Upstream
 from flynn.host.client import HostClient
 from flynn.http.client import HttpClient
-from flynn.http.server import listen
+from flynn.http.server import listen, shutting_down
 from flynn.identity import Identity
 from flynn.types.errors import ApiError
 from flynn.types.instance import Instance
@@ -81,12 +81,16 @@ async def running(config: Config, clock: Clock) -> AsyncIterator[LiveDirectory]:
         link = HostLink(HostClient(http), config.job_id, ",".join(addresses))
         spawn = await stack.enter_async_context(supervisor())
         spawn("stay registered", _stay_registered(registry, Instance.at(config.address, "https", _identifying())))
+        spawn("keep our standing", standing.keep(live, identity))
         spawn("shut down on request", _shut_down(stopping))
         if config.host_url and config.follow_bridge and not dns:
             spawn("follow the host's bridge", link.follow_bridge(names.serve))
         elif config.host_url:
             spawn("keep the host informed", link.keep_informed(dns))
-        yield live
+        try:
+            yield live
+        finally:
+            live.end_watches(shutting_down("discoverd"))
 
 
 LOOPBACK = "127.0.0.1"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flynn.aio.supervisor import supervisor
+from flynn.discoverd import standing
 from flynn.discoverd.directory import LiveDirectory
 from flynn.identity.authority import ClusterCA
 from flynn.types.errors import ApiError, Conflict
@@ -200,3 +201,20 @@ async def test_who_is_cut_off_says_how_stale_it_is_and_keeps_what_it_knows(lab: 
         async with http.download("/services/web/instances") as (headers, _):
             assert int(headers["Discoverd-Stale"]) >= 3
     assert last.live.state.services["web"].instances  # nobody was declared down meanwhile
+
+
+async def test_who_was_removed_while_away_observes_when_it_is_back(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "SILENCE", 1.0)
+    places = lab.places(3)
+    nodes = [await lab.start(place, places) for place in places]
+    leader = await leading(*nodes)
+    lost = next(node for node in nodes if node is not leader)
+    await lost.stack.aclose()
+    async with leader.place.http() as http:
+        await http.delete(f"/raft/peers/{lost.place.http_address}")
+    back = await lab.start(lost.place, places)
+    async with supervisor() as spawn:
+        spawn("keep", standing.keep(back.live, lost.place.identity))
+        await until(lambda: not back.live.raft.is_member)
+        await leader.create("afterwards")
+        await until(lambda: back.knows("afterwards"))

@@ -89,6 +89,7 @@ class RaftNode:
     """Made by `running`; everything here may be used from the event loop."""
 
     def __init__(self, config: RaftConfig, machine: StateMachine, loop: asyncio.AbstractEventLoop) -> None:
+        self.address = config.address
         self._loop = loop
         self._machine = machine
         self._on_leadership: Callable[[bool], None] = lambda _: None
