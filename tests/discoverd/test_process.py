@@ -52,6 +52,30 @@ async def test_a_killed_discoverd_is_back_within_two_seconds_and_nobody_notices(
 
 
 @pytest.mark.slow
+async def test_a_discoverd_that_is_replaced_stops_at_once_and_nobody_is_told_that_others_left(place: Place) -> None:
+    heard: list[DiscoverdEvent] = []
+    async with Process(place, "-notify", "") as process, place.client() as client:
+        await client.create("web")
+        async with client.registered("web", WEB):
+
+            async def listen() -> None:
+                async for event in client.watch("web"):
+                    heard.append(event)
+
+            listening = asyncio.ensure_future(listen())
+            await until(lambda: any(event.kind is EventKind.CURRENT for event in heard))
+            so_far = len(heard)
+            before = asyncio.get_running_loop().time()
+            assert await process.stop() == 0
+            assert asyncio.get_running_loop().time() - before < 3, "watchers are sent away"
+            await process.start()
+            await client.put_meta("web", ServiceMeta(data={"n": 1}))
+            await until(lambda: len(heard) > so_far)
+            assert [event.kind for event in heard[so_far:]] == [EventKind.SERVICE_META]
+            listening.cancel()
+
+
+@pytest.mark.slow
 async def test_no_acknowledged_write_is_lost_by_kills_at_any_moment(place: Place) -> None:
     acknowledged = ServiceMeta(data=0)
     async with Process(place, "-notify", "") as process, place.client() as client:
