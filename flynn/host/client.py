@@ -20,6 +20,7 @@ from flynn.types.host import (
     DiscoverdConfig,
     HostJob,
     HostStatus,
+    ImagePullInfo,
     JobEvent,
     NetworkConfig,
     ResourceCheck,
@@ -188,6 +189,14 @@ class HostClient:
         await self._http.post("/host/resource-check", ResourceCheck(ports=list(ports)))
 
     # Volumes
+
+    async def pull_images(self, repository: str, version: str = "") -> AsyncIterator[ImagePullInfo]:
+        """Have a release on the host; yields each layer and image that is there. Raises `ApiError` if it is refused."""
+        params = {"repository": repository, "version": version}
+        pulling = self._http.subscribed("/host/pull/images", ImagePullInfo, method="POST", params=params)
+        async with pulling as pulled:
+            async for item in pulled:
+                yield item
 
     async def create_volume(self, request: VolumeRequest, *, provider: str = DEFAULT_PROVIDER) -> VolumeInfo:
         """Create a data volume; an empty id in `request` is filled in."""
