@@ -331,7 +331,9 @@ def _defaults() -> Iterator[str]:
         "defaults http_backend from base",
         "    mode http",
         "    option http-no-delay",
-        "    balance random(2)",  # the less busy of two drawn at random
+        # Not `random`: to HAProxy 2.6 servers added at run time all have the same place in its draw, so that of six
+        # jobs two got all requests.
+        "    balance leastconn",
         "    option abortonclose",
         "    option redispatch 1",
         "    retries 3",
@@ -343,7 +345,7 @@ def _defaults() -> Iterator[str]:
         "",
         "defaults tcp_backend from base",
         "    mode tcp",
-        "    balance random(2)",
+        "    balance leastconn",
         "    option redispatch 1",
         "    retries 3",
         "    timeout server 24h",
