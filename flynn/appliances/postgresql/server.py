@@ -1,8 +1,8 @@
 """PostgreSQL as a sirenia database.
 
 `apply` brings the server to a configuration, `hold` lets it acknowledge nothing. The endless tasks: `keep_running`
-starts it again when it ends by itself, `keep_in_step` watches over replication (writes are enabled when the downstream
-has caught up; a standby that cannot follow its upstream is rewound or copied), `keep_certificate` hands renewed
+starts it again when it ends by itself, `keep_in_step` watches over replication (it notes when the downstream has
+caught up; a standby that cannot follow its upstream is rewound or copied), `keep_certificate` hands renewed
 certificates on. All of them, and `stop`, take turns by one lock.
 
 How an acknowledged write comes to be on two disks: the server waits for the confirmation of exactly one standby, named
@@ -53,9 +53,11 @@ RESTART = Backoff(first=timedelta(milliseconds=100), factor=2, limit=timedelta(s
 STEADY = timedelta(minutes=1)  # a server that ran so long starts with the shortest pause again
 
 STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and the next one known by then
+COPYING = "-copy"
 PROMOTE_SECONDS = 60
 HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
 STEP_POLL = timedelta(milliseconds=100)
+STEADY_SAMPLES = 5
 STUCK = timedelta(seconds=10)  # a standby that gets nothing so long from an upstream that answers has lost its way
 
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -134,6 +136,15 @@ class PostgreSQL:
             except (psycopg.Error, OSError, TimeoutError) as error:
                 raise DatabaseError(f"cannot hold the server: {error or 'it takes too long'}") from error
 
+    async def enable_writes(self, generation: int) -> None:
+        async with self._lock:
+            config = self._applied
+            if config is None or config.role is not Role.PRIMARY or _generation(config) != generation:
+                return
+            if self._running and self._synced is not None and self._mode.read_only:
+                self._configure(replace(self._mode, read_only=False))
+                log.info("writes are enabled", extra={"generation": generation})
+
     async def record_lineage(self, lineage: Lineage) -> None:
         self._directory.record(lineage)
 
@@ -164,6 +175,7 @@ class PostgreSQL:
             and self._became_ready.is_set(),  # those who wait for this connect as the superuser next
             connected=self._connected(answer),
             lineage=self._directory.lineage,
+            timeline=answer.timeline,
             detail=self._detail,
         )
 
@@ -229,7 +241,7 @@ class PostgreSQL:
     async def keep_in_step(self) -> None:
         """See how replication gets on: enable writes when the downstream has caught up, help a standby that is lost."""
         loop = asyncio.get_running_loop()
-        flowing = loop.time()
+        flowing, samples = loop.time(), 0
         while True:
             await asyncio.sleep(STEP_POLL.total_seconds())
             config = self._applied
@@ -242,7 +254,9 @@ class PostgreSQL:
                 try:
                     if config.downstream is not None and self._synced is None:
                         await self._check_downstream(config.downstream)
-                    if not self._mode.standby or await self._is_streaming():
+                    # One that went another way is let in for a moment again and again.
+                    samples = samples + 1 if not self._mode.standby or await self._is_streaming() else 0
+                    if samples > STEADY_SAMPLES:
                         flowing, self._rejoins = loop.time(), 0
                     elif loop.time() - flowing > STUCK.total_seconds():
                         await self._find_the_way(config)
@@ -317,11 +331,11 @@ class PostgreSQL:
             await self._prepare()
             await ensure_data_directory(self._config.installation, self._directory.path)
             await self._start(mode)
+        if not state.singleton or self._directory.lineage is not None:
+            self._directory.record(Lineage(generation=state.generation, primary=self._config.peer_id))
         if self._directory.is_standby:
             await self._promote()
         await self._ensure_superuser()
-        if not state.singleton or self._directory.lineage is not None:
-            self._directory.record(Lineage(generation=state.generation, primary=self._config.peer_id))
         self._became_ready.set()
         log.info("the server is ready", extra={"role": config.role, "port": self._config.port})
 
@@ -339,7 +353,7 @@ class PostgreSQL:
         if not self._directory.exists:
             await self._copy(upstream)
         elif not self._directory.is_standby:
-            await self._rewind_or_copy(upstream)
+            await self._rewind_or_copy(config, upstream)
         await self._start(mode, STANDBY_START_LIMIT)
         self._became_ready.set()
         log.info("the server is ready", extra={"role": config.role, "upstream": upstream.addr})
@@ -347,58 +361,75 @@ class PostgreSQL:
     async def _find_the_way(self, config: DatabaseConfig) -> None:
         """A standby gets nothing from an upstream that is well: take its data back to where they went apart."""
         upstream = config.upstream
-        if upstream is None or not await self._answers(upstream):
+        if upstream is None or await self._asked(upstream) is None:
             return
         self._rejoins += 1
         log.warning("the upstream does not send", extra={"upstream": upstream.addr, "attempt": self._rejoins})
         mode = self._mode
         await self._stop()
         if self._rejoins == 1:
-            await self._rewind_or_copy(upstream)
+            await self._rewind_or_copy(config, upstream)
         else:
             await self._copy(upstream)
         await self._start(mode, STANDBY_START_LIMIT)
         self._became_ready.set()
 
-    async def _rewind_or_copy(self, upstream: Instance) -> None:
-        if not await self._answers(upstream):
-            raise DatabaseError(f"the upstream {upstream.addr} does not answer, so nothing can be taken back")
+    async def _rewind_or_copy(self, config: DatabaseConfig, upstream: Instance) -> None:
+        """Take back what the cluster does not have. Until there is a primary again, nothing is taken back."""
+        state = config.state
+        assert state is not None  # nobody has an upstream without a state
+        assert state.primary is not None  # a state without one is not parsed
+        # Standbys may not yet know of the primary's timeline in the place where pg_rewind looks for it.
+        if await self._asked(state.primary) is not False:
+            raise DatabaseError(f"the primary {state.primary.addr} does not answer as such, so nothing is taken back")
         self._detail = "rewinding"
         try:
-            await self._directory.rewind(self._source(upstream))
+            await self._directory.rewind(self._source(state.primary, COPYING))
         except DatabaseError as error:
             log.warning("rewinding failed", extra={"error": error})
             await self._copy(upstream)
+        finally:
+            self._detail = ""
 
     async def _copy(self, upstream: Instance) -> None:
-        if not await self._answers(upstream):
+        if await self._asked(upstream) is None:
             raise DatabaseError(f"the upstream {upstream.addr} does not answer, so there is nothing to copy")
         self._detail = "copying the upstream"
-        await self._directory.copy(self._source(upstream))
+        try:
+            await self._directory.copy(self._source(upstream, COPYING))
+        finally:
+            self._detail = ""
 
-    async def _answers(self, upstream: Instance) -> bool:
-        """Whether the upstream lets us in. A primary writes a checkpoint: only then others see its timeline."""
+    async def _asked(self, other: Instance) -> bool | None:
+        """Whether another server is a standby; None if it does not answer.
+
+        A primary writes a checkpoint: only then its present timeline is in the place where pg_rewind looks for it.
+        """
         try:
             async with await AsyncConnection.connect(
-                self._source(upstream, dbname="postgres"), password=self._config.password, autocommit=True
+                self._source(other, COPYING), password=self._config.password, autocommit=True
             ) as connection:
-                cursor = await connection.execute("SELECT pg_is_in_recovery()")
-                row = await cursor.fetchone()
-                if row is not None and not row[0]:
+                row = await (await connection.execute("SELECT pg_is_in_recovery()")).fetchone()
+                assert row is not None
+                if not row[0]:
                     await connection.execute("CHECKPOINT")
-            return True
+                return bool(row[0])
         except (psycopg.Error, OSError) as error:
-            log.info("the upstream does not answer", extra={"upstream": upstream.addr, "error": error})
-            return False
+            log.info("another server does not answer", extra={"server": other.addr, "error": error})
+            return None
 
-    def _source(self, upstream: Instance, dbname: str = "postgres") -> str:
+    def _source(self, upstream: Instance, suffix: str = "") -> str:
+        """How to connect to another server.
+
+        Only replication itself goes by our name: to the primary, whatever comes in under the sync's name confirms.
+        """
         return conninfo(
             host=upstream.host,
             port=upstream.port,
             user=SUPERUSER,
-            dbname=dbname,
+            dbname="postgres",
             passfile=str(self._config.passfile),
-            application_name=self._config.peer_id,
+            application_name=self._config.peer_id + suffix,
             sslmode="verify-full",
             sslrootcert=str(self._config.run / "ca.crt"),
             connect_timeout=3,
@@ -454,7 +485,7 @@ class PostgreSQL:
     # --- replication in step
 
     async def _check_downstream(self, downstream: Instance) -> None:
-        """Note that the downstream has all there was when the question came up; a primary may be written to then."""
+        """Note that the downstream has all there was when the question came up."""
         async with self._local_connection() as connection:
             if not self._target:
                 cursor = await connection.execute(
@@ -473,9 +504,7 @@ class PostgreSQL:
             if await cursor.fetchone() is None:
                 return
         self._synced = downstream
-        if self._mode.read_only and not self._mode.standby:
-            self._configure(replace(self._mode, read_only=False))
-        log.info("the downstream has caught up", extra={"downstream": downstream.addr, "at": self._target})
+        log.info("the downstream has caught up", extra={"downstream": downstream.addr, "position": self._target})
 
     async def _is_streaming(self) -> bool:
         upstream = self._mode.upstream
@@ -666,7 +695,9 @@ class PostgreSQL:
                 " ARRAY(SELECT application_name FROM pg_stat_replication WHERE state = 'streaming'),"
                 # An idle upstream is asked for a sign of life after half of the receiver's timeout.
                 " (SELECT ARRAY[sender_host, sender_port::text] FROM pg_stat_wal_receiver"
-                "  WHERE status = 'streaming' AND last_msg_receipt_time > clock_timestamp() - interval '3 s')",
+                "  WHERE status = 'streaming' AND last_msg_receipt_time > clock_timestamp() - interval '3 s'),"
+                " CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)"
+                " ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END",
                 [SUPERUSER],
             )
             row = await cursor.fetchone()
@@ -674,13 +705,14 @@ class PostgreSQL:
             await self._close_probe()
             raise
         assert row is not None
-        position, user_exists, read_write, standbys, sender = row
+        position, user_exists, read_write, standbys, sender, timeline = row
         return Answer(
             str(position or ""),
             bool(user_exists),
             bool(read_write),
             tuple(standbys),
             (sender[0], int(sender[1])) if sender and sender[0] else None,
+            timeline or 0,
         )
 
     async def _close_probe(self) -> None:
@@ -698,6 +730,7 @@ class Answer:
     read_write: bool = False
     standbys: tuple[str, ...] = ()  # who receives from it
     sender: tuple[str, int] | None = None  # from whom it receives
+    timeline: int = 0
 
 
 def _address(instance: Instance | None) -> tuple[str, str] | None:

@@ -76,11 +76,12 @@ class HttpNeighbours:
             await client.close()
         database, state = status.database, status.peer.state
         return Heard(
-            Answer.WELL if database.running and database.xlog else Answer.DOWN,
+            Answer.WELL if (database.running and database.xlog) or database.detail else Answer.DOWN,
             id=status.peer.id,
             role=status.peer.role,
             generation=state.generation if state is not None else 0,
             lineage=database.lineage.generation if database.lineage is not None else 0,
+            timeline=database.timeline,
         )
 
 

@@ -27,6 +27,7 @@ class DatabaseInfo(Wire):
     xlog: str = always("")
     user_exists: bool = always(False)
     read_write: bool = always(False)
+    timeline: int = 0  # the branch of history it is on: the primary's own, or the one a standby receives; 0 = unknown
     connected: list[str] = []  # logical ids of the neighbours with whom replication flows right now
     lineage: Lineage | None = None
     detail: str = ""  # what it is busy with, for people
@@ -53,8 +54,7 @@ class Database(Protocol):
         """Bring the database to `config` and return when it is there; with role none it is stopped.
 
         Applying the same again does nothing, but it ends a `hold`. Making a copy of the upstream may take minutes;
-        a primary becomes writable later, when its downstream has caught up. Raises DatabaseError; the caller tries
-        again.
+        a primary is read-only until `enable_writes`. Raises DatabaseError; the caller tries again.
         """
 
     async def hold(self) -> Held:
@@ -63,6 +63,9 @@ class Database(Protocol):
         What this returns is final: nobody was or will be told that something beyond it is safe here. Raises
         DatabaseError.
         """
+
+    async def enable_writes(self, generation: int) -> None:
+        """Let a primary that still has the configuration of this generation be written to."""
 
     async def record_lineage(self, lineage: Lineage) -> None: ...
 

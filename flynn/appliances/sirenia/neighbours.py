@@ -17,6 +17,7 @@ class Heard:
     role: Role = Role.UNKNOWN
     generation: int = 0  # of the state it knows
     lineage: int = 0  # the generation its data belong to
+    timeline: int = 0
 
 
 class Neighbours(Protocol):

@@ -35,6 +35,8 @@ RETRY = Backoff(first=timedelta(milliseconds=500), factor=1.5, limit=timedelta(s
 """After a takeover that was refused, a write or a database operation that failed."""
 
 LOOK = timedelta(milliseconds=250)  # a query of the local database
+LOOK_SOON = timedelta(milliseconds=50)  # while a new generation begins and everybody waits
+DEAF = 2.0  # seconds for which a candidate that did not answer is passed over
 LOOK_ALONE = timedelta(seconds=5)  # in a cluster of one there is hardly anything to see
 DATABASE_ROLES = frozenset((Role.PRIMARY, Role.SYNC, Role.ASYNC))
 
@@ -71,6 +73,8 @@ class Peer:
     _current: bool = False  # the directory has told all there is
     _seen: set[str] = field(default_factory=set)  # who was ever registered since this peer started
     _doubt: Doubt | None = None
+    _deaf: dict[str, float] = field(default_factory=dict)  # candidates that did not answer, and until when that counts
+    _beginning: bool = False
     _no_takeover: str = ""  # why the last attempt was refused
     _stopped: bool = False
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,13 +126,16 @@ class Peer:
         while True:
             state = self.cluster.state
             alone = state is None or state.singleton
-            await asyncio.sleep((LOOK_ALONE if alone and self.me.singleton else LOOK).total_seconds())
+            pause = LOOK_ALONE if alone and self.me.singleton else LOOK_SOON if self._beginning else LOOK
+            await asyncio.sleep(pause.total_seconds())
             if self._stopped or alone or self.role not in DATABASE_ROLES:
                 self._learn(gone=frozenset(), established=False)
                 continue
             info = await self.database.info()
             await self._question(info)
+            self._beginning = False
             await self._trace(info)
+            await self._begin(info)
             assert state is not None  # one that is alone has been sorted out
             members = (state.primary, state.sync, *(state.asyncs or ()))
             self._learn(
@@ -144,6 +151,16 @@ class Peer:
                 and info.synced_downstream is not None
                 and self.me.identity(info.synced_downstream) == self.me.identity(state.sync),
             )
+
+    async def _begin(self, info: DatabaseInfo) -> None:
+        """Let clients write when the sync has caught up *and* could take over: it knows that its data belong here."""
+        state, synced = self.cluster.state, info.synced_downstream
+        if self.role is not Role.PRIMARY or info.read_write or state is None or synced is None or not info.running:
+            return
+        self._beginning = True
+        heard = await self.neighbours.ask(synced)
+        if heard.id == self.me.identity(state.sync) and heard.lineage == state.generation:
+            await self.database.enable_writes(state.generation)
 
     def _learn(
         self, *, gone: frozenset[str], established: bool, awaited: frozenset[str] | None = None
@@ -185,9 +202,9 @@ class Peer:
         return next((peer for peer in reversed(self.cluster.peers) if self.me.identity(peer) == key), None)
 
     def _gone(self, now: float) -> frozenset[str]:
-        return (
-            frozenset({self._doubt.neighbour}) if self._doubt is not None and self._doubt.is_gone(now) else frozenset()
-        )
+        doubt = self._doubt
+        dead = {doubt.neighbour} if doubt is not None and doubt.is_gone(now) else set()
+        return frozenset(dead | {key for key, until in self._deaf.items() if now < until})
 
     async def _trace(self, info: DatabaseInfo) -> None:
         """Record that the data follow the present generation, once the upstream says so of its own."""
@@ -201,14 +218,16 @@ class Peer:
         upstream, primary = self.me.identity(config.upstream), self.me.identity(state.primary)
         if upstream not in info.connected:
             return
+        self._beginning = True
         heard = await self.neighbours.ask(config.upstream)
         belongs = heard.lineage == state.generation or (
             upstream == primary and heard.role is Role.PRIMARY and heard.generation == state.generation
         )
-        if heard.id != upstream or not belongs:
+        # A copy that went another way is let in on the old timeline for a moment, never on the new one.
+        if heard.id != upstream or not belongs or not heard.timeline or heard.timeline != info.timeline:
             return
         again = await self.database.info()
-        if again.config == config and upstream in again.connected:
+        if again.config == config and upstream in again.connected and again.timeline == heard.timeline:
             lineage = Lineage(generation=state.generation, primary=primary, upstream=upstream)
             await self.database.record_lineage(lineage)
             log.info("data belong to the generation", extra={"generation": state.generation, "upstream": upstream})
@@ -296,6 +315,13 @@ class Peer:
             return self._refused(takeover, "the database does not run")
         if not self.me.is_me(state.primary) and not follows(info.lineage, state, self.me.identity(state.primary)):
             return self._refused(takeover, f"the data do not belong to generation {state.generation}")
+        candidate = takeover.state.sync
+        assert candidate is not None  # that is what a takeover needs
+        heard = await self.neighbours.ask(candidate)
+        if heard.answer in (Answer.REFUSED, Answer.SILENT):
+            self._deaf[self.me.identity(candidate)] = asyncio.get_running_loop().time() + DEAF
+            self._learn(gone=self.cluster.gone | {self.me.identity(candidate)}, established=False)
+            return self._refused(takeover, f"the new sync would be {candidate.addr}, which does not answer")
         try:
             held = await self.database.hold()
         except DatabaseError as error:

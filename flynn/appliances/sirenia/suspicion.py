@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Answer(StrEnum):
-    WELL = "well"  # its database runs and answers
+    WELL = "well"  # its database runs and answers, or is being made a copy
     DOWN = "down"  # the daemon answers, its database does not
     REFUSED = "refused"  # the machine answers: no such process
     SILENT = "silent"  # nothing answers

@@ -49,11 +49,11 @@ def declare(takeover: Takeover, received: str, usable: str, compare: Compare) ->
 def follows(lineage: Lineage | None, state: ClusterState, primary: str) -> bool:
     """Whether data of this lineage are a beginning of what the primary of `state` has, so that positions compare.
 
-    Those of the generation itself are. Those of the one before are if the primary is the same, or is the one from whom
-    they came: it had all of them before it took over.
+    Those of the generation itself are, and those of the one before if its primary was the same. Not more: were a peer
+    to take over that has not followed the primary's last promotion, its own would begin a timeline of the same number.
     """
     if lineage is None:
         return False
     if lineage.generation == state.generation:
         return True
-    return lineage.generation == state.generation - 1 and primary in (lineage.primary, lineage.upstream)
+    return lineage.generation == state.generation - 1 and lineage.primary == primary

@@ -239,9 +239,10 @@ class Writer:
             await asyncio.sleep(0.05)
 
     async def lost(self) -> set[int]:
+        acknowledged = set(self.acknowledged)  # the writer goes on while we look
         async with await self.cluster.connect(await self.cluster.primary()) as connection:
             rows = await (await connection.execute("SELECT n FROM written")).fetchall()
-        return set(self.acknowledged) - {row[0] for row in rows}
+        return acknowledged - {row[0] for row in rows}
 
 
 async def main(kills: int) -> int:
@@ -276,7 +277,8 @@ async def main(kills: int) -> int:
             print(f"{round + 1:3} {kind:7} n{node.number} gap {gap:5.2f} s, whole after {whole:5.1f} s, generation "
                   f"{generation}, acknowledged {len(writer.acknowledged)}, lost {len(lost)}", flush=True)  # fmt: skip
             if lost:
-                return 1
+                print("LOST", sorted(lost))
+                os._exit(1)
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

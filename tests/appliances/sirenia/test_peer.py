@@ -61,6 +61,9 @@ class RememberingDatabase:
     async def record_lineage(self, lineage: Lineage) -> None:
         return None
 
+    async def enable_writes(self, generation: int) -> None:
+        return None
+
     def interrupt(self) -> None:
         return None
 
