@@ -29,8 +29,9 @@ $(VENV)/.done: pyproject.toml
 images: setup ## build the images (a second build uses the cache)
 	@$(BIN)/flynn-images build
 
-release: images ## publish the images as a signed release in build/release (keys: ~/.config/flynn/release-keys)
-	@$(BIN)/flynn-images release $(if $(CHANNEL),--channel $(CHANNEL))
+release: setup ## publish images as a signed release in build/release (keys: ~/.config/flynn/release-keys)
+	@$(BIN)/flynn-images build --portable --out build/release-images
+	@$(BIN)/flynn-images release --images build/release-images $(if $(CHANNEL),--channel $(CHANNEL))
 
 cluster: images ## boot a development cluster of NODES nodes (1)
 	@$(BIN)/python -m tests.cluster up $(NODES)

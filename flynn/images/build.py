@@ -50,8 +50,11 @@ def build(
     cache: Path,
     out: Path,
     say: Callable[[str], None],
+    carried: Machine | None = None,
 ) -> None:
     """Build the named images (all if none is named) and write `out/<name>.json` for each.
+
+    `carried` are the settings that images for users' builds get; `None` = those of this machine.
 
     Builds on one cache wait for each other. Needs root as soon as a layer has to be made.
 
@@ -61,13 +64,14 @@ def build(
     """
     known = recipes.read(repository / "images")
     machine = machines.find()
+    carried = carried or machine
     project = Project.read(repository / "pyproject.toml", _extras(known))
     store = Store(cache.absolute())
     with store.locked():
         for attempt in range(1, ATTEMPTS + 1):
-            planned = plan(known, names, _inputs(known, project, machine, repository))
+            planned = plan(known, names, _inputs(known, project, carried, repository))
             try:
-                layers = _make_missing(planned, store, repository, project, machine, say)
+                layers = _make_missing(planned, store, repository, project, machine, carried, say)
                 break
             except FilesChanged as change:
                 if attempt == ATTEMPTS:
@@ -82,7 +86,13 @@ def build(
 
 
 def _make_missing(
-    planned: Plan, store: Store, repository: Path, project: Project, machine: Machine, say: Callable[[str], None]
+    planned: Plan,
+    store: Store,
+    repository: Path,
+    project: Project,
+    machine: Machine,
+    carried: Machine,
+    say: Callable[[str], None],
 ) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     missing: list[PlannedLayer] = []
@@ -116,6 +126,7 @@ def _make_missing(
                 downloads=work / "downloads",
                 repository=repository,
                 machine=machine,
+                carried=carried,
                 suite=suites[layer.below[0]] if layer.below else getattr(layer.recipe, "suite", ""),
                 requirements=project.requirements,
                 scripts=project.scripts,
@@ -136,7 +147,7 @@ def _extras(known: Recipes) -> list[str]:
     return sorted({extra for layer in known.layers.values() if isinstance(layer, Python) for extra in layer.extras})
 
 
-def _inputs(known: Recipes, project: Project, machine: Machine, repository: Path) -> Inputs:
+def _inputs(known: Recipes, project: Project, carried: Machine, repository: Path) -> Inputs:
     files: dict[str, tuple[InputFile, ...]] = {}
     for layer in known.layers.values():
         match layer:
@@ -152,6 +163,6 @@ def _inputs(known: Recipes, project: Project, machine: Machine, repository: Path
         files=files,
         requirements=project.requirements,
         scripts={**project.scripts, "version": project.version},
-        machine=machine.fingerprint(),
-        entrypoint_env=machine.environment(CA_IN_IMAGE),
+        machine=carried.fingerprint(),
+        entrypoint_env=carried.environment(CA_IN_IMAGE),
     )

@@ -55,7 +55,8 @@ class Job:
     log: Path
     downloads: Path  # package lists and packages, shared by the layers of one build
     repository: Path
-    machine: Machine
+    machine: Machine  # that builds
+    carried: Machine  # whose settings images for users' builds carry
     suite: str
     requirements: Sequence[str]
     scripts: Mapping[str, str]
@@ -246,15 +247,15 @@ def _copy_planned(job: Job, copies: Mapping[str, Path]) -> None:
 def machine(job: Job) -> Path:
     tree = job.work / "tree"
     (tree / "etc").mkdir(parents=True)
-    (tree / "etc/pip.conf").write_text(job.machine.pip_conf(CA_IN_IMAGE))
+    (tree / "etc/pip.conf").write_text(job.carried.pip_conf(CA_IN_IMAGE))
     # npm looks for its global settings below the prefix of the node it runs on.
     for path in ("etc/npmrc", "usr/etc/npmrc", "usr/local/etc/npmrc"):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_text(job.machine.npmrc(CA_IN_IMAGE))
-    if job.machine.ca_bundle:
+        (tree / path).write_text(job.carried.npmrc(CA_IN_IMAGE))
+    if job.carried.ca_bundle:
         bundle = tree / CA_IN_IMAGE.lstrip("/")
         bundle.parent.mkdir(parents=True)
-        bundle.write_bytes(job.machine.ca_bundle)
+        bundle.write_bytes(job.carried.ca_bundle)
     return tree
 
 

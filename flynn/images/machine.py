@@ -75,6 +75,10 @@ class Machine:
         return "".join(f"{name}={value}\n" for name, value in sorted(settings.items()))
 
 
+NOWHERE = Machine(apt_sources=(), apt_options=(), pip={}, npm={}, proxies={}, ca_bundle=b"")
+"""No settings: for images that are to run anywhere."""
+
+
 def debian_sources(one_line: Iterable[str], deb822: Iterable[str]) -> tuple[str, ...]:
     """Package sources as one-line entries with the options dropped that name key files of this machine.
 

@@ -14,6 +14,7 @@ import click
 
 from flynn.images import build as building
 from flynn.images.layers import FilesChanged, LayerError
+from flynn.images.machine import NOWHERE
 from flynn.images.recipe import RecipeError
 from flynn.images.workshop import StepFailed
 
@@ -33,10 +34,18 @@ def main() -> None:
 )
 @click.option("--cache", type=click.Path(path_type=Path), default="/var/cache/flynn", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="build/images", show_default=True)
-def build(names: tuple[str, ...], repository: Path, cache: Path, out: Path) -> None:
+@click.option("--portable", is_flag=True, help="Images for users' builds carry no settings of this machine.")
+def build(names: tuple[str, ...], repository: Path, cache: Path, out: Path, portable: bool) -> None:
     """Build the named images, or all of them; what the cache holds is not made again."""
     try:
-        building.build(repository.absolute(), names, cache=cache, out=out, say=lambda line: click.echo(line, err=True))
+        building.build(
+            repository.absolute(),
+            names,
+            cache=cache,
+            out=out,
+            say=lambda line: click.echo(line, err=True),
+            carried=NOWHERE if portable else None,
+        )
     except (RecipeError, LayerError, FilesChanged, StepFailed) as error:
         click.echo(f"flynn-images: {error}", err=True)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """What of the build machine's settings is carried into a build."""
 
 from flynn.images.machine import (
+    NOWHERE,
     Machine,
     debian_sources,
     fetch_options,
@@ -114,3 +115,9 @@ def test_a_machine_without_a_ca_bundle_leaves_every_tool_its_default() -> None:
     machine = Machine(apt_sources=(), apt_options=(), pip={}, npm={}, proxies={}, ca_bundle=b"")
     assert machine.environment("/ca.crt") == {}
     assert machine.pip_conf("/ca.crt") == "[global]\n"
+
+
+def test_portable_images_carry_nothing_of_the_machine() -> None:
+    assert NOWHERE.environment("/ca.pem") == {}
+    assert NOWHERE.pip_conf("/ca.pem") == "[global]\n"
+    assert NOWHERE.npmrc("/ca.pem") == ""
