@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from flynn.discoverd.config import PORT
 from flynn.host.cli.access import all_hosts, directory_peers, host_named, local_host, runs
 from flynn.host.cli.show import emit, table
+from flynn.host.discovery import DISCOVERD_PORT
 from flynn.types.codec import encode
 from flynn.types.errors import ApiError, Conflict
 from flynn.types.host import ResourceCheckPort
@@ -56,7 +56,7 @@ async def _roles(addresses: list[str]) -> dict[str, str]:
         return dict.fromkeys(addresses, "")
 
     def role(address: str) -> str:
-        discoverd = f"{address.rpartition(':')[0]}:{PORT}"
+        discoverd = f"{address.rpartition(':')[0]}:{DISCOVERD_PORT}"
         if discoverd not in peers:
             return "proxy"
         return "peer (leader)" if discoverd == leader else "peer"

@@ -6,9 +6,9 @@ import asyncio
 
 import click
 
-from flynn.discoverd.config import PORT
 from flynn.host.cli.access import directory_peers, discoverd_at, local_host, runs
 from flynn.host.client import HostClient
+from flynn.host.discovery import DISCOVERD_PORT
 from flynn.types.errors import ApiError, NotFound
 from flynn.types.host import META_APP_NAME
 
@@ -40,7 +40,7 @@ async def _leave_the_directory(ip: str) -> None:
         peers, _ = await directory_peers()
     except ApiError:
         return  # no discoverd here
-    address = f"{ip}:{PORT}"
+    address = f"{ip}:{DISCOVERD_PORT}"
     if address not in peers:
         return
     async with discoverd_at(address) as http:

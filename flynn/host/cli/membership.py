@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from flynn.discoverd.config import PORT
 from flynn.host.cli.access import directory_peers, discoverd_at, runs
+from flynn.host.discovery import DISCOVERD_PORT
 from flynn.types.errors import ApiError, Unreachable
 
 SECONDS = 90.0  # a new member catches up with the whole log
@@ -57,4 +57,4 @@ async def remove(target: str) -> None:
 def peer_address(text: str) -> str:
     """`10.0.0.1`, `10.0.0.1:1111` or the URL of either."""
     bare = text.removeprefix("http://").removeprefix("https://").rstrip("/")
-    return bare if ":" in bare else f"{bare}:{PORT}"
+    return bare if ":" in bare else f"{bare}:{DISCOVERD_PORT}"
