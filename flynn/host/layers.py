@@ -45,8 +45,8 @@ FileVersion = tuple[int, int, int]  # inode, size, time of the last change
 class ReleasedFiles(Protocol):
     """Files of signed repositories, for layers whose address is `<repository>?target=<name>`."""
 
-    async def fetch(self, repository: str, name: str) -> Path:
-        """Return where the verified content is; the caller takes it. Raises `DownloadFailed`."""
+    async def fetch(self, repository: str, name: str, into: Path) -> None:
+        """Have the verified content in `into`. Raises `DownloadFailed`."""
 
 
 class LayerStore:
@@ -149,7 +149,7 @@ class LayerStore:
                 raise LayerError(f"layer {spec.id} has no size")
             url = urlsplit(spec.url)
             if self._released is not None and (released := target_of(spec.url)) is not None:
-                (await self._released.fetch(*released)).rename(part)
+                await self._released.fetch(*released, into=part)
             elif url.scheme == "file":
                 await asyncio.to_thread(_copy, Path(unquote(url.path)), part)
             elif url.scheme in ("http", "https"):

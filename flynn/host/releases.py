@@ -24,11 +24,11 @@ class Releases:
     def __init__(self, state_dir: Path, config_dir: Path) -> None:
         self._state_dir, self._config_dir = state_dir, config_dir
 
-    async def fetch(self, repository: str, name: str) -> Path:
-        """Return where the verified content of a file is; the caller takes it. Raises `DownloadFailed`."""
+    async def fetch(self, repository: str, name: str, into: Path) -> None:
+        """Have the verified content of a file in `into`, below the state directory. Raises `DownloadFailed`."""
         source = self._trusted(repository)
         try:
-            return await asyncio.to_thread(source.fetch, name)
+            await asyncio.to_thread(source.fetch, name, into)
         except asyncio.CancelledError:
             source.cut()
             raise

@@ -31,7 +31,7 @@ async def _no_client(base_url: str) -> HttpClient:
 class Released:
     """A repository that has nothing."""
 
-    async def fetch(self, repository: str, name: str) -> NoReturn:
+    async def fetch(self, repository: str, name: str, into: Path) -> NoReturn:
         raise NotReleased(f"{repository} has not signed any {name}")
 
 

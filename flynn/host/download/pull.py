@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -100,6 +101,7 @@ def pull(repository: TrustedRepository, version: str, places: Places, tell: Call
         _write(target, encode_indented(images))
     except OSError as error:
         raise DownloadFailed(f"{target}: {error.strerror or error}") from error
+    repository.sweep()
     return target
 
 
@@ -147,11 +149,14 @@ def _have_layer(
             except LayerError as error:
                 log.warning("layer replaced, it was not what it should be", extra={"reason": str(error)})
         if state == FETCHED:
-            part = repository.fetch(layer_target(layer.id))
-            # The signed list vouches for the file, the signed image for this being the layer it means.
-            verify(part, layer.hashes, layer.length)
-            settle(part, target)
-            part.with_name(f"{part.name}.lock").unlink(missing_ok=True)
+            part = directory / f".{layer.id}.{_own_name()}.part"
+            try:
+                repository.fetch(layer_target(layer.id), part)
+                # The signed list vouches for the file, the signed image for this being the layer it means.
+                verify(part, layer.hashes, layer.length)
+                settle(part, target)
+            finally:
+                part.unlink(missing_ok=True)
     except LayerError as error:
         raise Refused(Reason.MISMATCH, f"layer {layer.id}", str(error)) from error
     except OSError as error:
@@ -168,8 +173,13 @@ def _unpacked(content: bytes) -> bytes:
     return unpacked
 
 
+def _own_name() -> str:
+    """What no other download calls its files."""
+    return f"{os.getpid()}-{threading.get_ident()}"
+
+
 def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}.{_own_name()}")
     with beside.open("wb") as file:
         file.write(content)
         file.flush()

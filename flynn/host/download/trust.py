@@ -35,6 +35,7 @@ from flynn.host.download.errors import DownloadFailed, NotReleased, NoTrust, Rea
 from flynn.host.download.fetch import Fetcher, Limits, address_of, source_of
 
 ROOT_FILE = "tuf-root.json"
+ABANDONED_SECONDS = 7 * 86400.0
 MAX_SMALL_BYTES = 16 << 20  # of a file that is read into memory
 
 # A metadata file of this size has some ten thousand targets; what is more is an attack.
@@ -120,34 +121,37 @@ class TrustedRepository:
             target.verify_length_and_hashes(content)
         return content
 
-    def fetch(self, name: str, tell: Callable[[int], None] = lambda count: None) -> Path:
-        """Download a file and return where its verified content is: the caller moves or removes it.
+    def fetch(self, name: str, into: Path) -> None:
+        """Download a file; `into`, on the same file system, is there when its content is complete and verified.
 
-        Goes on where an earlier download broke off. `tell` hears how many bytes are there.
+        Goes on where an earlier download broke off.
         """
         target = self.find(name)
         parts = self._state / "parts"
-        parts.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = parts / next(iter(target.hashes.values()))
-        with _exclusive(parts / f"{part.name}.lock"):
-            resumed = part.exists() and 0 < part.stat().st_size <= target.length
-            with self._explained(name):
-                if resumed:
-                    try:
-                        self._fill(part, target, tell)
-                        return part
-                    except (LengthOrHashMismatchError, DownloadLengthMismatchError):
-                        pass  # the beginning may be from somewhere else: once more, all of it
-                part.unlink(missing_ok=True)
+        lock = parts / f"{part.name}.lock"
+        with self._explained(name):
+            parts.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _exclusive(lock):
+                begun = part.exists() and 0 < part.stat().st_size <= target.length
                 try:
-                    self._fill(part, target, tell)
+                    self._fill(part, target, anew=not begun)
                 except (LengthOrHashMismatchError, DownloadLengthMismatchError):
                     part.unlink(missing_ok=True)
-                    raise
-        return part
+                    if not begun:
+                        raise
+                    self._fill(part, target, anew=True)  # the beginning may have been from somewhere else
+                part.rename(into)
+                lock.unlink(missing_ok=True)  # who waits for it verifies what he downloads, too
 
-    def _fill(self, part: Path, target: TargetFile, tell: Callable[[int], None]) -> None:
-        with part.open("ab") as file:
+    def sweep(self) -> None:
+        """Remove beginnings of downloads that nobody has gone on with."""
+        for file in (self._state / "parts").glob("*"):
+            if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                file.unlink(missing_ok=True)
+
+    def _fill(self, part: Path, target: TargetFile, *, anew: bool) -> None:
+        with part.open("wb" if anew else "ab") as file:
             size = file.tell()
             if size < target.length:
                 for chunk in self._fetcher.chunks(_path(target), size):
@@ -155,7 +159,6 @@ class TrustedRepository:
                     if size > target.length:
                         raise DownloadLengthMismatchError(f"more than the {target.length} bytes that were signed")
                     file.write(chunk)
-                    tell(size)
         with part.open("rb") as file:
             target.verify_length_and_hashes(file)
 

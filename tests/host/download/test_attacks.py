@@ -336,7 +336,7 @@ def test_a_version_that_was_not_released_is_not_made_up(version: str, publisher:
 def test_a_file_beside_the_signed_ones_is_not_downloaded(publisher: Publisher, host: Host) -> None:
     (publisher.out / "targets/layers/evil.squashfs").write_bytes(b"evil")
     with pytest.raises(NotReleased, match=r"has not signed any layers/evil\.squashfs"):
-        host.trusting(publisher.out).fetch("layers/evil.squashfs")
+        host.trusting(publisher.out).fetch("layers/evil.squashfs", host.state / "evil")
 
 
 def test_a_repository_that_is_not_there_is_unavailable(tmp_path: Path, host: Host) -> None:

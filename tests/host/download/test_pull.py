@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,26 @@ def test_a_layer_that_is_signed_but_not_the_one_the_image_means_is_refused(publi
         host.download(publisher.out, "v20260725.7")
     assert refusal.value.reason is Reason.MISMATCH
     assert "base" not in host.layers()
+
+
+def test_two_downloads_at_once_both_succeed(publisher: Publisher, host: Host) -> None:
+    """A download by hand while the daemon pulls: they take turns, file by file."""
+    with ThreadPoolExecutor(4) as pool:
+        downloads = [pool.submit(host.download, publisher.out) for _ in range(4)]
+        assert {done.result().name for done in downloads} == {"images.v20260725.0.json"}
+    assert host.layers() == {"base": b"debian" * 1000, "code-code": b"code"}
+    assert not list((host.state / "layers").glob(".*"))
+
+
+def test_beginnings_nobody_goes_on_with_are_removed(publisher: Publisher, host: Host) -> None:
+    parts = host.state / "tuf/parts"
+    parts.mkdir(parents=True)
+    (parts / "old").write_text("old")
+    (parts / "new").write_text("new")
+    last_month = time.time() - 30 * 86400
+    os.utime(parts / "old", (last_month, last_month))
+    host.download(publisher.out)
+    assert [file.name for file in parts.iterdir()] == ["new"]
 
 
 # The command
