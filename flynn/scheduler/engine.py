@@ -128,6 +128,7 @@ class Engine:
         self._service_since: dict[JobID, datetime] = {}
         self._watched: frozenset[str] = frozenset()
         self._formations_changed = False
+        self._failed_starts: Counter[tuple[FormationKey, str]] = Counter()  # in a row
         self._lowered: dict[tuple[FormationKey, str], int] = {}  # what a type had before it was scaled to nothing
         self._overruled: dict[FormationKey, datetime | None] = {}  # versions of formations that are not followed
         self._due: list[tuple[datetime, int, str, str]] = []
@@ -364,10 +365,12 @@ class Engine:
             self._to_place.pop(after.id, None)
             self._release_volumes(after, now)
             if self.leader and before.state is not JobState.STOPPING and after.in_formation and before.host:
-                restart = restart_of(after, now)
-                self._ended[after.key, after.type].append(restart)
-                if before.state is not JobState.RUNNING and restart.restarts > FAILED_STARTS:
-                    self._take_back(after)
+                self._ended[after.key, after.type].append(restart_of(after, now))
+                if before.state is not JobState.RUNNING:
+                    # Counted here: a job that its host brings back begins with a count of its own.
+                    self._failed_starts[after.key, after.type] += 1
+                    if self._failed_starts[after.key, after.type] > FAILED_STARTS:
+                        self._take_back(after)
                 if resurrected:
                     self._resurrecting.setdefault((after.key, after.type), []).append(now + RESURRECTION)
                     self._after(RESURRECTION, now, "successor missing")
@@ -376,6 +379,7 @@ class Engine:
                 extra={"job": after.cluster_id or after.id, "exit_status": after.exit_status, "reason": after.reason},
             )
         elif after.state is JobState.RUNNING:
+            self._failed_starts.pop((after.key, after.type), None)
             log.info("job up", extra={"job": after.cluster_id, "type": after.type})
 
     def _reported(self, report: JobReport, now: datetime, *, listed: bool) -> None:
