@@ -30,8 +30,14 @@ class Publisher:
         self.ring = KeyRing(home / "keys/offline", home / "keys/online")
         self.now = datetime.now(UTC)
         self.out = home / "repository"
-        self.repository = SignedRepository(self.out, self.ring, lifetimes=lifetimes, now=lambda: self.now)
+        self._lifetimes = lifetimes
+        self.protect("")
         self.said: list[str] = []
+
+    def protect(self, passphrase: str) -> None:
+        """Use this passphrase for the offline keys from now on."""
+        self.ring = KeyRing(self.ring.offline, self.ring.online, passphrase)
+        self.repository = SignedRepository(self.out, self.ring, lifetimes=self._lifetimes, now=lambda: self.now)
 
     def layer(self, layer_id: str, content: bytes) -> Layer:
         """Build a layer."""

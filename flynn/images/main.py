@@ -86,7 +86,9 @@ def _signed(out: Path, offline_keys: Path, online_keys: Path, days: dict[str, in
     from flynn.images.release import ReleaseProblem
     from flynn.images.repository import Lifetimes, RepositoryProblem, SignedRepository
 
-    ring = KeyRing(offline_keys.absolute(), online_keys.absolute())
+    # Not an option: command lines can be read by everybody on the machine.
+    passphrase = os.environ.get("FLYNN_RELEASE_PASSPHRASE", "")
+    ring = KeyRing(offline_keys.absolute(), online_keys.absolute(), passphrase)
     lifetimes = Lifetimes(**{role.removesuffix("_days"): timedelta(days=count) for role, count in days.items()})
     try:
         sources = [parent for parent in Path.cwd().parents if (parent / ".git").exists()]

@@ -140,6 +140,21 @@ def test_a_key_others_can_read_signs_nothing(publisher: Publisher) -> None:
         publisher.renew()
 
 
+def test_offline_keys_may_have_a_passphrase(publisher: Publisher) -> None:
+    offline, online = publisher.ring.offline, publisher.ring.online
+    publisher.protect("correct horse")
+    publisher.release()
+    assert all("ENCRYPTED" in file.read_text() for file in offline.glob("*.pem"))
+    assert not any("ENCRYPTED" in file.read_text() for file in online.glob("*.pem"))
+    publisher.rotate("targets")
+    publisher.release()
+    for wrong in ("", "incorrect horse"):
+        publisher.protect(wrong)
+        publisher.renew()  # needs the online keys only
+        with pytest.raises(KeyProblem, match="cannot read the key"):
+            publisher.release()
+
+
 @pytest.mark.parametrize("where", ["repository/keys", "sources/keys"])
 def test_keys_stay_out_of_what_is_published(tmp_path: Path, where: str) -> None:
     ring = KeyRing(tmp_path / where, tmp_path / "online")
