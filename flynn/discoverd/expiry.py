@@ -13,7 +13,9 @@ from datetime import timedelta
 from flynn.discoverd.store import Directory, Expired
 
 TTL = timedelta(seconds=10)  # a heartbeat comes every 3-5 s, so one may be lost
-CHECK_EVERY = timedelta(seconds=1)
+AFTER_TAKEOVER = 0.75  # of the time to live, for those whom a new leader has not heard yet: the next heartbeat comes
+# within 5 s, and one that was under way to a dead leader has tried two dead addresses, for 3 s each, by then
+CHECK_EVERY = timedelta(seconds=0.5)
 STOPPED = timedelta(seconds=4)  # a check that comes so late says that this process was suspended or starved
 
 Key = tuple[str, str]
@@ -25,11 +27,12 @@ def overdue(
 ) -> list[Expired]:
     """The registrations that have been silent for longer than `ttl`. Times are monotonic seconds."""
     limit = now - ttl.total_seconds()
+    unheard = leading_since - (1 - AFTER_TAKEOVER) * ttl.total_seconds()
     return [
         Expired(name, instance.id, instance.index)
         for name, service in state.services.items()
         for instance in service.instances.values()
-        if max(heard.get((name, instance.id), leading_since), leading_since) < limit
+        if max(heard.get((name, instance.id), unheard), unheard) < limit
     ]
 
 

@@ -68,11 +68,14 @@ class Lab:
         address = str(job["internal_ip"])
         return node.inside(member, ["nsenter", "-t", str(job["pid"]), "-n", *command]), address
 
-    def kill(self, member: Node, app: str, signal: str = "KILL") -> str:
-        """Send a signal to the first process of an app's job; the job's id."""
-        job = self.job(member, app)
-        self.on(member, "kill", f"-{signal}", str(job["pid"]))
-        return str(job["job"]["id"])  # type: ignore[index]
+    def kill(self, member: Node, app: str) -> None:
+        """kill -9 of an app's job on a node, container and all."""
+        self.on(member, "kill", "-KILL", str(self.job(member, app)["pid"]))
+
+    def signal(self, member: Node, app: str, name: str) -> None:
+        """Send a signal to the app itself, below the first process of its container."""
+        pid = self.job(member, app)["pid"]
+        self.on(member, "sh", "-c", f"kill -{name} $(cat /proc/{pid}/task/{pid}/children)")
 
     def get(self, router: Node, app: str = APP, path: str = "/") -> str | None:
         """The body of a 200 through one node's router; None for anything else."""

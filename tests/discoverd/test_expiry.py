@@ -27,9 +27,10 @@ STATE = Directory(
         pytest.param({"a": 100, "b": 104}, 0, 110, "", id="exactly the time to live is not yet too long"),
         pytest.param({"a": 100, "b": 104}, 0, 110.1, "a", id="one is silent"),
         pytest.param({"a": 100, "b": 104}, 0, 120, "ab", id="both are"),
-        pytest.param({}, 100, 109, "", id="a new leader has heard nobody, and waits"),
-        pytest.param({"b": 107}, 100, 110.5, "a", id="and then takes down who has not reported to it"),
-        pytest.param({"a": 50}, 100, 109, "", id="what was heard before does not count against anybody"),
+        pytest.param({}, 100, 107.5, "", id="a new leader has heard nobody, and waits"),
+        pytest.param({"b": 107}, 100, 107.6, "a", id="and then takes down who has not reported to it"),
+        pytest.param({"a": 50}, 100, 107, "", id="what was heard before does not count against anybody"),
+        pytest.param({"a": 100.1, "b": 107}, 100, 110, "", id="who has reported once has the whole time"),
     ],
 )
 def test_overdue(heard: dict[str, float], leading_since: float, now: float, gone: str) -> None:
