@@ -289,19 +289,20 @@ class Api:
     def _unknown_is_404(self, key: str | None) -> Middleware:
         async def middleware(request: web.Request, handler: AiohttpHandler) -> web.StreamResponse:
             try:
-                return await handler(request)
+                return _closing_if_unread(request, await handler(request))
             except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
                 asked = Request(request, _caller(request, key), self._max_body_bytes)
                 extra = dict(self._headers(asked)) if self._headers else {}
                 try:
                     if self._before is not None and (early := self._before(asked)) is not None:
-                        return _raw_response(early, extra)
+                        return _closing_if_unread(request, _raw_response(early, extra))
                     if self._authorize is not None:
                         # Whoever may not come in does not learn what is there either.
                         self._authorize(asked)
                 except ApiError as error:
-                    return self._refusal(error, extra)
-                return web.Response(status=404, text="404 page not found\n", headers=extra)
+                    return _closing_if_unread(request, self._refusal(error, extra))
+                unknown = web.Response(status=404, text="404 page not found\n", headers=extra)
+                return _closing_if_unread(request, unknown)
 
         return middleware
 
@@ -366,6 +367,16 @@ class _Upgraded(web.Response):
 
     async def write_eof(self, data: bytes = b"") -> None:
         return
+
+
+def _closing_if_unread(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """An answer that comes before the whole body ends the connection.
+
+    Otherwise a proxy takes it for idle and sends the next request after the rest of the body, which is waited for.
+    """
+    if not response.prepared and request.can_read_body:
+        response.force_close()
+    return response
 
 
 async def _bounded(awaitable: Awaitable[T]) -> T:

@@ -99,6 +99,18 @@ async def test_bad_input_is_refused_with_the_reason(
         await plain.upload("/echo", body, headers={"Content-Type": "application/json"})
 
 
+@pytest.mark.parametrize("path", ["/echo", "/nowhere"])
+async def test_a_refusal_before_the_end_of_the_body_closes_the_connection(path: str) -> None:
+    async with listen(an_api(), "127.0.0.1", 0) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+        writer.write(head.encode() + b"{")
+        answer = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+    assert b"Connection: close" in answer
+
+
 async def test_text_after_the_first_value_is_ignored(plain: HttpClient) -> None:
     await plain.upload("/echo", b'{"name":"a"} tail', headers={"Content-Type": "application/json"})
 
