@@ -541,18 +541,26 @@ class Engine:
             elif not volume.delete_on_stop:
                 self._put_volume(replace(volume, job=None, used_at=now))
 
-    def _waits_for(self, formation: Formation, type: str) -> Job | None:
-        """Return a job on its way out that has to be gone before one of this type may start.
+    def _waits_for(self, formation: Formation, type: str, now: datetime) -> str:
+        """Return what has to be gone before a job of this type may start; empty if nothing is in its way.
 
-        Either it holds data that are to be taken over: to start before would be to start with an empty volume. Or the
-        app's strategy says that its jobs cannot run side by side.
+        A job on its way out, or one that its host is about to bring back, may hold data that are to be taken over: to
+        start before would be to start with an empty volume. Or the app's strategy says that its jobs cannot run side
+        by side.
         """
         alone = formation.app.strategy in ONE_AT_A_TIME
         takes_over = any(not request.delete_on_stop for request in formation.volume_requests(type))
-        for job in self.world.leaving(formation.app.id, type) if alone or takes_over else ():
-            if alone or (job.volumes and (formation.app.keeps_volumes or job.release == formation.release.id)):
-                return job
-        return None
+        if not alone and not takes_over:
+            return ""
+        shared = alone or formation.app.keeps_volumes
+        for job in self.world.leaving(formation.app.id, type):
+            if alone or (job.volumes and (shared or job.release == formation.release.id)):
+                return f"waits for {job.cluster_id} to end"
+        for (key, name), awaited in self._resurrecting.items():
+            same = key.app == formation.app.id and name == type and (shared or key == formation.key)
+            if same and any(until > now for until in awaited):
+                return f"waits for the job of release {key.release} that its host brings back"
+        return ""
 
     # Formations
 
@@ -738,9 +746,9 @@ class Engine:
                 self._place_group(formation, type, jobs, hosts, now)
 
     def _place_group(self, formation: Formation, type: str, jobs: list[Job], hosts: list[Host], now: datetime) -> None:
-        if (leaving := self._waits_for(formation, type)) is not None:
+        if reason := self._waits_for(formation, type, now):
             for job in jobs:
-                self.world.put_job(replace(job, reason=f"waits for {leaving.cluster_id} to end"))
+                self.world.put_job(replace(job, reason=reason))
                 self._at(now + LEAVING_PAUSE, "start", job.id)
             return
         waiting = {job.id for job in jobs}

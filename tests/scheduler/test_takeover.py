@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from random import Random
@@ -26,7 +27,7 @@ from flynn.scheduler.events import (
     StopJob,
     Tick,
 )
-from flynn.scheduler.model import Formation, HostID, VolumeID
+from flynn.scheduler.model import Formation, HostID, JobID, JobState, VolumeID
 from flynn.types.app import SYSTEM_APP, SYSTEM_CRITICAL, VOLUME_SCOPE, App
 from flynn.types.host import JobStatus
 from flynn.types.release import ProcessType, Release, VolumeReq
@@ -67,13 +68,14 @@ class Stage:
                 crashes = action.job.release == self.crashing
                 self.report(action, JobStatus.CRASHED if crashes else JobStatus.RUNNING)
 
-    def report(self, start: StartJob, status: JobStatus) -> None:
+    def report(self, start: StartJob, status: JobStatus, id: str = "", *, resurrected: bool = False) -> None:
         job = start.job
         self.tell(
             JobReported(
                 JobReport(
                     host=NODE,
-                    id=job.id,
+                    resurrected=resurrected,
+                    id=JobID(id) or job.id,
                     app=job.app,
                     release=job.release,
                     type=job.type,
@@ -184,3 +186,28 @@ def test_a_database_that_does_not_start_makes_way_for_the_one_before() -> None:
     stage.scale("r1", 2, meta=critical, at=decided + timedelta(seconds=1))
     stage.wait(5)
     assert len(stage.started) == 9
+
+
+def test_nor_does_it_matter_that_its_host_brings_it_back_again_and_again() -> None:
+    """Each job that a host brings back is new to the scheduler, and the last one has the volume until it is stopped."""
+    stage = Stage()
+    critical = {**SYSTEM, SYSTEM_CRITICAL: "true"}
+    stage.scale("r1", 1, meta=critical)
+    stage.scale("r1", 0, meta=critical)
+    stage.scale("r2", 1, meta=critical)
+    stage.report(stage.started[0], JobStatus.DONE)
+    stage.wait(1)
+    broken = stage.started[1]
+    before = str(broken.job.id)
+    stage.engine.world.put_job(replace(stage.engine.world.jobs[broken.job.id], state=JobState.STARTING))
+    for number in range(6):
+        successor = f"{number:08d}-1111-4000-8000-000000000000"
+        stage.report(broken, JobStatus.CRASHED, before, resurrected=True)
+        stage.report(broken, JobStatus.STARTING, successor)
+        before = successor
+    assert [stop.job for stop in stage.stops[1:]] == [before]
+    assert len(stage.started) == 2, "the volume is not free yet"
+    stage.report(broken, JobStatus.DONE, before)
+    stage.wait(1)
+    assert [start.job.release for start in stage.started] == ["r1", "r2", "r1"]
+    assert stage.data(2) == stage.data(0)
