@@ -54,7 +54,7 @@ def test_new_jobs_come_to_it_and_leave_it_when_it_is_drained(three: Lab, user: T
 
 def test_a_member_that_will_not_come_back_is_removed_by_the_others(three: Lab, app: str) -> None:
     three.on(FOURTH, "flynn-host", "drain", "--undo")
-    eventually(lambda: role(three) == "proxy", 60)
+    eventually(lambda: FOURTH.ip not in three.discoverd(FOURTH, "/raft/peers"), 60)  # once it answers again
     three.on(FOURTH, "flynn-host", "promote", FOURTH.ip, timeout=100)
     assert role(three) == "peer"
     node.power_cut(FOURTH)
