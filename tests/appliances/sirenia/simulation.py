@@ -98,6 +98,8 @@ class World:
     directory: MemoryRegistry = field(default_factory=MemoryRegistry)
     nodes: dict[str, Node] = field(default_factory=dict)
     cut: set[frozenset[str]] = field(default_factory=set)  # pairs of names; "directory" is one as well
+    paranoia: float = 0.0  # share of questions after which a neighbour is taken for dead that is not
+    slow: float = 0.02  # seconds that the directory may take
     flaky: float = 0.0  # share of directory writes whose answer is lost
     acknowledged: set[Entry] = field(default_factory=set)
     ackers: dict[int, str] = field(default_factory=dict)  # generation -> the one who acknowledged in it
@@ -131,7 +133,7 @@ class DirectoryLink:
 
     async def put_meta(self, service: str, meta: ServiceMeta) -> ServiceMeta:
         world = self.world
-        await world.delay()
+        await world.delay(world.slow)
         if not world.linked(self.name, "directory"):
             await asyncio.sleep(1)
             raise Unreachable("cut off")
@@ -308,7 +310,7 @@ class SimulatedDatabase:
             xlog=self.position if self.running else "",
             user_exists=True,
             read_write=self.writable,
-            connected=connected if self.running else [],
+            connected=[key for key in connected if self.running and self.world.rng.random() >= self.world.paranoia],
             lineage=self.disk.lineage,
             timeline=self.disk.timeline,
         )
@@ -324,8 +326,11 @@ class SimulatedDatabase:
     async def replicate(self) -> None:
         """Receive from the upstream, confirm to it; what is received is on the disk."""
         loop = asyncio.get_running_loop()
+        lag = 0.03
         while True:
-            await self.world.delay(0.03)
+            if self.world.rng.random() < 0.05:
+                lag = self.world.rng.choice((0.03, 0.03, 0.03, 0.5))
+            await self.world.delay(lag)
             if self.primary and self.config and self.config.downstream and self.synced is None and not self.held:
                 name = self.config.downstream.meta[ID]
                 if self.confirmed.get(name, -1) >= self.target:
@@ -352,7 +357,7 @@ class SimulatedDatabase:
                         self.running, self.role = True, config.role
                 continue
             self.lost_since = None
-            some = theirs[len(mine) : len(mine) + self.world.rng.randint(1, 20)]
+            some = theirs[len(mine) : len(mine) + self.world.rng.randint(1, 3 if lag > 0.1 else 20)]
             mine.extend(some)
             self.disk.timeline = upstream.disk.timeline if mine == theirs else self.disk.timeline
             self.flowing = True
@@ -402,6 +407,8 @@ class Ears:
             return Heard(Answer.SILENT)
         if other.peer is None or other.database is None:
             return Heard(Answer.REFUSED)
+        if self.world.rng.random() < self.world.paranoia:
+            return Heard(Answer.DOWN)
         info, peer = await other.database.info(), other.peer.info() if other.peer else None
         if peer is None:
             return Heard(Answer.REFUSED)
@@ -522,9 +529,12 @@ async def clients(world: World) -> None:
                     group.create_task(node.database.write(number))
 
 
-async def simulate(seed: int, peers: int = 3, faults: int = 12) -> World:
-    """A history full of faults; then everything heals, and the cluster has to be whole within two minutes."""
-    world = World(random.Random(seed))
+async def simulate(seed: int, peers: int = 3, faults: int = 12, paranoia: float = 0.0) -> World:
+    """A history full of faults; then everything heals, and the cluster has to be whole within two minutes.
+
+    With `paranoia` healthy neighbours are taken for dead all the time: safety must not depend on the detection.
+    """
+    world = World(random.Random(seed), paranoia=paranoia, slow=0.3 if paranoia else 0.02)
     await world.directory.create(SERVICE, LeaderType.MANUAL)
     async with asyncio.TaskGroup() as group:
         world.nodes = {f"n{i}": Node(world, f"n{i}", group) for i in range(1, peers + 1)}
@@ -539,6 +549,7 @@ async def simulate(seed: int, peers: int = 3, faults: int = 12) -> World:
             troubles.append(group.create_task(fault(world)))
         for trouble in troubles:
             await trouble
+        world.paranoia, world.slow = 0.0, 0.02
         world.tell("healed")
         await _whole(world)
         for task in tasks + [task for node in world.nodes.values() for task in node.tasks]:

@@ -4,14 +4,15 @@ import os
 
 import pytest
 
+from flynn.appliances.sirenia import suspicion
 from tests.appliances.sirenia.simulation import SafetyViolated, World, run_virtually, simulate
 
 SEEDS = int(os.environ.get("SIRENIA_SEEDS", "15"))
 
 
-def run(seed: int, peers: int) -> World:
+def run(seed: int, peers: int, paranoia: float = 0.0) -> World:
     try:
-        return run_virtually(simulate(seed, peers))
+        return run_virtually(simulate(seed, peers, paranoia=paranoia))
     except BaseExceptionGroup as group:
         violations, rest = group.split(SafetyViolated)
         if rest is None and violations is not None:
@@ -24,3 +25,11 @@ def run(seed: int, peers: int) -> World:
 def test_history(seed: int, peers: int) -> None:
     world = run(seed, peers)
     assert len(world.acknowledged) > 20
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_history_in_which_healthy_neighbours_are_taken_for_dead(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(suspicion.PATIENCE, suspicion.Answer.DOWN, 0.2)
+    world = run(seed, 3 + seed % 2, paranoia=0.7)
+    assert len(world.acknowledged) > 20
+    assert max(world.ackers) > 3
