@@ -218,6 +218,5 @@ def main(arguments: list[str]) -> None:
         case ["nodes"]:
             print(json.dumps([{"id": m.id, "ip": m.ip, "on": node.init_pid(m) is not None} for m in nodes(MAX_NODES)]))
         case _:
-            sys.exit(
-                "usage: python -m tests.cluster up N | down | demo | exec N [COMMAND] | power-cut N | power-on N | add N | cut N | mend N"
-            )
+            numbered = "power-cut N | power-on N | add N | cut N | mend N"
+            sys.exit(f"usage: python -m tests.cluster up N | down | demo | exec N [COMMAND] | nodes | {numbered}")
