@@ -201,7 +201,8 @@ async def test_two_pushes_of_one_app_follow_one_another_and_both_arrive(platform
     await platform.git(platform.directory, "clone", "--quiet", platform.remote("shop"), str(clone))
     assert (clone / "a").exists()
     await platform.git(two, "pull", "--quiet", "--rebase", platform.remote("shop"), "master")
-    assert (await platform.push(two, "shop"))[0] == 0
+    status, output = await platform.push(two, "shop")
+    assert status == 0, output
 
 
 async def test_a_cancelled_push_stops_the_build(platform: Platform, tmp_path: Path) -> None:
