@@ -56,8 +56,9 @@ STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and t
 COPYING = "-copy"
 PROMOTE_SECONDS = 60
 HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
-STEP_POLL = timedelta(milliseconds=100)
-STEADY_SAMPLES = 5
+STEP_REST = timedelta(milliseconds=500)
+STEP_POLL = timedelta(milliseconds=100)  # while the downstream catches up, and everybody waits
+STEADY_SAMPLES = 3  # in a row, of a stream that really flows
 STUCK = timedelta(seconds=10)  # a standby that gets nothing so long from an upstream that answers has lost its way
 
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -108,6 +109,7 @@ class PostgreSQL:
         self._detail = ""
         self._postmaster: Postmaster | None = None
         self._became_ready = asyncio.Event()  # the superuser can come in with the password of the environment
+        self._moved = asyncio.Event()  # something was applied
         self._lock = asyncio.Lock()  # one start, stop or reload at a time
         self._probe: Connection | None = None
         self._probing = asyncio.Lock()  # one query at a time on the probe's connection
@@ -243,7 +245,13 @@ class PostgreSQL:
         loop = asyncio.get_running_loop()
         flowing, samples = loop.time(), 0
         while True:
-            await asyncio.sleep(STEP_POLL.total_seconds())
+            waiting = self._applied is not None and self._applied.downstream is not None and self._synced is None
+            try:
+                async with asyncio.timeout((STEP_POLL if waiting else STEP_REST).total_seconds()):
+                    await self._moved.wait()
+            except TimeoutError:
+                pass
+            self._moved.clear()
             config = self._applied
             if config is None or self._lock.locked() or not self._became_ready.is_set():
                 flowing = loop.time()
@@ -289,6 +297,7 @@ class PostgreSQL:
             case _:
                 raise DatabaseError(f"a database cannot be {config.role}")
         self._applied = config
+        self._moved.set()
 
     def _unchanged(self, config: DatabaseConfig) -> bool:
         """Whether only things differ that the server does not know of, such as the end of the chain."""

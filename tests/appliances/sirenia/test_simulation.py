@@ -7,7 +7,7 @@ import pytest
 from flynn.appliances.sirenia import suspicion
 from tests.appliances.sirenia.simulation import SafetyViolated, World, run_virtually, simulate
 
-SEEDS = int(os.environ.get("SIRENIA_SEEDS", "15"))
+SEEDS = int(os.environ.get("SIRENIA_SEEDS", "6"))
 
 
 def run(seed: int, peers: int, paranoia: float = 0.0) -> World:
@@ -32,4 +32,4 @@ def test_history_in_which_healthy_neighbours_are_taken_for_dead(seed: int, monke
     monkeypatch.setitem(suspicion.PATIENCE, suspicion.Answer.DOWN, 0.2)
     world = run(seed, 3 + seed % 2, paranoia=0.7)
     assert len(world.acknowledged) > 20
-    assert max(world.ackers) > 3
+    assert max(world.ackers) > 1
