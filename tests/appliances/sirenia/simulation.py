@@ -534,7 +534,7 @@ async def simulate(seed: int, peers: int = 3, faults: int = 12, paranoia: float 
 
     With `paranoia` healthy neighbours are taken for dead all the time: safety must not depend on the detection.
     """
-    world = World(random.Random(seed), paranoia=paranoia, slow=0.3 if paranoia else 0.02)
+    world = World(random.Random(seed), paranoia=paranoia, slow=1.5 if paranoia else 0.02)
     await world.directory.create(SERVICE, LeaderType.MANUAL)
     async with asyncio.TaskGroup() as group:
         world.nodes = {f"n{i}": Node(world, f"n{i}", group) for i in range(1, peers + 1)}
