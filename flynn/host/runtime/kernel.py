@@ -32,6 +32,8 @@ AT_RECURSIVE = 0x8000
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x02, 0x04
 MOUNT_ATTR_RDONLY = 1
 
 PR_SET_NAME = 15
@@ -50,6 +52,7 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 SYS_OPEN_TREE = 428
 SYS_MOVE_MOUNT = 429
 SYS_MOUNT_SETATTR = 442
+SYS_OPENAT2 = 437
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}[os.uname().machine]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -119,6 +122,32 @@ def make_read_only(mount_fd: int) -> None:
 def attach_mount(mount_fd: int, target: str) -> None:
     call = (_long(SYS_MOVE_MOUNT), _long(mount_fd), _char_p(b""), _long(AT_FDCWD), _char_p(target.encode()))
     _check(_syscall(*call, _long(MOVE_MOUNT_F_EMPTY_PATH)), f"attach mount at {target}")
+
+
+def attach_mount_at(mount_fd: int, target_fd: int, name: str) -> None:
+    """Like `attach_mount`, on what `target_fd` refers to; `name` is for the error."""
+    call = (_long(SYS_MOVE_MOUNT), _long(mount_fd), _char_p(b""), _long(target_fd), _char_p(b""))
+    flags = _long(MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+    _check(_syscall(*call, flags), f"attach mount at {name}")
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def open_plain(path: str, flags: int, *, symlinks: bool = True) -> int:
+    """Open without passing through a magic link such as /proc/self/fd/3: those lead out of any root.
+
+    Raises OSError with ELOOP where there is one (or, without `symlinks`, any symbolic link).
+    """
+    resolve = RESOLVE_NO_MAGICLINKS if symlinks else RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
+    call = (_long(SYS_OPENAT2), _long(AT_FDCWD), _char_p(path.encode()), ctypes.byref(how))
+    result = int(_syscall(*call, _long(ctypes.sizeof(how))))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
 
 
 def sethostname(name: str) -> None:

@@ -13,6 +13,8 @@ import termios
 from flynn.host.runtime import kernel
 from flynn.host.runtime.plan import Plan
 
+HIGHEST_DESCRIPTOR = 1 << 20
+
 
 class CannotStart(Exception):
     """The text goes to the user."""
@@ -68,7 +70,7 @@ def spawn(plan: Plan, stdin: int, stdout: int, stderr: int, terminal: bool) -> i
     pid = os.fork()
     if pid == 0:
         try:
-            _become(plan, command, (stdin, stdout, stderr), terminal)
+            _become(plan, command, (stdin, stdout, stderr), terminal, writer)
         except OSError as error:
             where = error.filename if isinstance(error.filename, str) else command
             os.write(writer, f"{where}: {_text(error)}".encode()[:4000])
@@ -87,8 +89,12 @@ def spawn(plan: Plan, stdin: int, stdout: int, stderr: int, terminal: bool) -> i
     return pid
 
 
-def _become(plan: Plan, command: str, stdio: tuple[int, int, int], terminal: bool) -> None:
-    """In the child: take on everything that makes it the job, exec last."""
+def _become(plan: Plan, command: str, stdio: tuple[int, int, int], terminal: bool, report: int) -> None:
+    """In the child: take on everything that makes it the job, exec last.
+
+    Of the descriptors only the standard ones and `report` stay: a command or an interpreter named /proc/self/fd/N/...
+    must not find init's, which lead to the host.
+    """
     os.setsid()
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -107,7 +113,9 @@ def _become(plan: Plan, command: str, stdio: tuple[int, int, int], terminal: boo
     if plan.processes is not None:
         _limit(resource.RLIMIT_NPROC, plan.processes)
     os.umask(0o022)
-    os.chdir(plan.cwd)
+    os.closerange(3, report)
+    os.closerange(report + 1, HIGHEST_DESCRIPTOR)  # one close_range() call
+    _enter(plan.cwd)
     _drop_privileges(plan)
     try:
         os.execve(command, plan.args, plan.env)
@@ -133,6 +141,15 @@ def _drop_privileges(plan: Plan) -> None:
     kernel.set_capabilities(plan.capabilities, ambient=True)
     if plan.no_new_privileges and plan.seccomp:
         kernel.install_seccomp(plan.seccomp)
+
+
+def _enter(directory: str) -> None:
+    """Change directory, but not to one outside the root, where a link to /proc/1/fd/N could lead."""
+    os.chdir(directory)
+    try:
+        os.getcwd()  # fails with ENOENT when the kernel says "(unreachable)"
+    except OSError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), f"chdir {directory}") from None
 
 
 def _limit(kind: int, wanted: tuple[int, int]) -> None:

@@ -1,11 +1,14 @@
 """The container's file system, as init builds it inside its own mount namespace. Nothing here outlives the container.
 
 Everything taken from the host is opened before `pivot_root` (as detached mounts) and attached afterwards: so the kernel
-resolves all targets inside the container's root, whatever symbolic links an image contains.
+resolves all targets inside the container's root, whatever symbolic links an image contains. The one way out left is a
+link of the image to /proc/self/fd/N, as init holds descriptors of the host: so no path of the image is followed through
+such a magic link (`open_plain`), and /proc, /sys and /dev must be directories.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -17,13 +20,19 @@ from flynn.host.runtime.plan import Plan
 MASKED = (
     "/proc/acpi",
     "/proc/asound",
+    "/proc/kallsyms",
     "/proc/kcore",
     "/proc/keys",
+    "/proc/kpagecgroup",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
     "/proc/latency_stats",
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",
     "/proc/timer_stats",
+    "/proc/vmallocinfo",
+    "/sys/devices/virtual/powercap",
     "/sys/firmware",
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
@@ -54,8 +63,9 @@ def build(plan: Plan) -> None:
         _write_file("/etc/hostname", plan.hostname + "\n")
     for target, source, _, fstype, options, flags in plan.mounts:
         if fstype:
-            os.makedirs(target, exist_ok=True)
-            kernel.mount(source, target, fstype, flags, options)
+            place = _directory(target)
+            kernel.mount(source, f"/proc/self/fd/{place}", fstype, flags, options)
+            os.close(place)
         else:
             _attach(binds.pop(0), target)
 
@@ -95,7 +105,10 @@ def _enter_root(plan: Plan) -> None:
 
 def _mount_system(plan: Plan) -> None:
     for directory in ("/proc", "/sys", "/dev"):
-        os.makedirs(directory, exist_ok=True)
+        try:
+            os.close(kernel.open_plain(directory, os.O_PATH | os.O_DIRECTORY, symlinks=False))
+        except FileNotFoundError:
+            os.mkdir(directory, 0o755)
     kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     kernel.mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
     kernel.mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | kernel.MS_STRICTATIME, "mode=755,size=65536k")
@@ -109,10 +122,12 @@ def _mount_system(plan: Plan) -> None:
         os.symlink(target, link)
     null = ("/dev/null", False, 1, 3, 0o666, 0, 0)  # whatever the spec says: masking and stdin need it
     for path, block, major, minor, mode, uid, gid in {device[0]: device for device in (null, *plan.devices)}.values():
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.mknod(path, mode | (stat.S_IFBLK if block else stat.S_IFCHR), os.makedev(major, minor))
-        os.chmod(path, mode)  # mknod heeds the umask
-        os.chown(path, uid, gid)
+        parent, name = _directory(os.path.dirname(path)), os.path.basename(path)
+        kind = stat.S_IFBLK if block else stat.S_IFCHR
+        os.mknod(name, mode | kind, os.makedev(major, minor), dir_fd=parent)
+        os.chmod(name, mode, dir_fd=parent)  # mknod heeds the umask
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+        os.close(parent)
 
 
 def _mount_cgroups(plan: Plan, views: list[int]) -> None:
@@ -143,32 +158,61 @@ def _protect_proc() -> None:
             kernel.mount("/dev/null", path, flags=kernel.MS_BIND)
 
 
+def _directory(path: str) -> int:
+    """Return a descriptor of a directory inside the root, making what is missing of it."""
+    path = os.path.normpath(path)
+    try:
+        return kernel.open_plain(path, os.O_PATH | os.O_DIRECTORY)
+    except FileNotFoundError:
+        parent = _directory(os.path.dirname(path) or "/")
+    try:
+        os.mkdir(os.path.basename(path), dir_fd=parent)
+    finally:
+        os.close(parent)
+    return kernel.open_plain(path, os.O_PATH | os.O_DIRECTORY)
+
+
 def _attach(fd: int, target: str) -> None:
     """Attach a detached mount, of a file or a directory, making what is missing of its target."""
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.makedirs(target, exist_ok=True)
-        kernel.attach_mount(fd, target)
-        os.close(fd)
-    else:
-        _attach_over_file(fd, target)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        return _attach_over_file(fd, target)
+    place = _directory(target)
+    kernel.attach_mount_at(fd, place, target)
+    os.close(place)
+    os.close(fd)
+    return None
 
 
 def _attach_over_file(fd: int, target: str) -> None:
-    os.makedirs(os.path.dirname(target) or "/", exist_ok=True)
-    if not os.path.exists(target):
-        if os.path.islink(target):  # dangling, as resolv.conf of images made on systemd machines
-            os.unlink(target)
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
-    kernel.attach_mount(fd, target)
+    target = os.path.normpath(target)
+    try:
+        place = kernel.open_plain(target, os.O_PATH)
+    except FileNotFoundError:
+        os.close(_new_file(target))
+        place = kernel.open_plain(target, os.O_PATH)
+    kernel.attach_mount_at(fd, place, target)
+    os.close(place)
     os.close(fd)
 
 
 def _write_file(path: str, text: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.islink(path):
-        os.unlink(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    fd = _new_file(path)
     try:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
+
+
+def _new_file(path: str) -> int:
+    """Open a file for writing, empty; a symbolic link is replaced (resolv.conf of images made on systemd machines)."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    parent, name = _directory(os.path.dirname(path) or "/"), os.path.basename(path)
+    try:
+        return os.open(name, flags, 0o644, dir_fd=parent)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        os.unlink(name, dir_fd=parent)
+        return os.open(name, flags | os.O_EXCL, 0o644, dir_fd=parent)
+    finally:
+        os.close(parent)

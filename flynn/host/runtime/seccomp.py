@@ -8,13 +8,14 @@ unless the container was given that capability.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _EPERM, _ENOSYS = 1, 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_EAFNOSUPPORT = 97
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data (low words)
 _CLONE_NEW_ANY = 0x7E020000  # all CLONE_NEW* flags: namespaces are how most kernel holes are reached
 
 
@@ -22,6 +23,9 @@ _CLONE_NEW_ANY = 0x7E020000  # all CLONE_NEW* flags: namespaces are how most ker
 class Architecture:
     audit: int
     numbers: Mapping[str, int]
+    socket: int
+    socketpair: int
+    ioctl: int
     x32: bool = False  # also refuse the numbers with bit 30, a second set of the same calls
 
 
@@ -48,6 +52,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "ptrace": 101, "modify_ldt": 154,
             "sethostname": 170, "setdomainname": 171,
         },
+        socket=41,
+        socketpair=53,
+        ioctl=16,
         x32=True,
     ),
     "aarch64": Architecture(
@@ -64,8 +71,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "migrate_pages": 238, "fanotify_init": 262, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
             "ptrace": 117, "sethostname": 161, "setdomainname": 162,
         },
+        socket=198,
+        socketpair=199,
+        ioctl=29,
     ),
 }  # fmt: skip
+
+#: What sockets of applications are of: UNIX, IPv4, IPv6, netlink, packet. The rest is holes (AF_ALG, RDS ...) or, like
+#: AF_VSOCK, the hypervisor, which no namespace hides. Jobs with NET_ADMIN or SYS_ADMIN may use any.
+FAMILIES = (1, 2, 10, 16, 17)
+#: Typing on behalf of the terminal's owner: TIOCSTI, TIOCLINUX.
+REFUSED_IOCTLS = (0x5412, 0x541C)
 
 #: Calls that come back with a capability.
 GRANTED_BY: Mapping[str, Collection[str]] = {
@@ -126,8 +142,21 @@ def program(capabilities: Collection[str], machine: str) -> bytes:
             _instruction(_JUMP_SET, _CLONE_NEW_ANY, 0, 1),
             _instruction(_RETURN, _ERRNO | _EPERM),
         ]
+    if not {"NET_ADMIN", "SYS_ADMIN"} & set(capabilities):
+        code += _by_argument(architecture.socket, _FIRST_ARGUMENT, FAMILIES, allow=True, error=_EAFNOSUPPORT)
+        code += _by_argument(architecture.socketpair, _FIRST_ARGUMENT, FAMILIES, allow=True, error=_EAFNOSUPPORT)
+    code += _by_argument(architecture.ioctl, _SECOND_ARGUMENT, REFUSED_IOCTLS, allow=False, error=_EPERM)
     code.append(_instruction(_RETURN, _ALLOW))
     return b"".join(code)
+
+
+def _by_argument(number: int, argument: int, values: Sequence[int], *, allow: bool, error: int) -> list[bytes]:
+    """Code that decides on one call by an argument: `values` are those allowed, or else those refused."""
+    refuse, accept = _instruction(_RETURN, _ERRNO | error), _instruction(_RETURN, _ALLOW)
+    listed, others = (accept, refuse) if allow else (refuse, accept)
+    checks = [_instruction(_JUMP_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)]
+    body = [_instruction(_LOAD, argument), *checks, others, listed]
+    return [_instruction(_JUMP_EQUAL, number, 0, len(body)), *body]
 
 
 def _instruction(operation: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:

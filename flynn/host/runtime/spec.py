@@ -52,11 +52,10 @@ def _char(major: int, minor: int, path: str = "", permissions: str = "rwm") -> D
     return Device(type="c", major=major, minor=minor, path=path, permissions=permissions)
 
 
-#: Allowed and created alike; those without a path are only allowed.
+#: Allowed and created alike; those without a path are only allowed. Not 5:1: a job could type at the machine's console.
 DEFAULT_DEVICES: tuple[Device, ...] = (
     _char(-1, -1, permissions="m"),
     Device(type="b", major=-1, minor=-1, permissions="m"),
-    _char(5, 1),
     _char(136, -1),
     _char(5, 2),
     _char(10, 200),
