@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup packages images release cluster cluster-down cluster-shell demo test check fmt bench clean
+.PHONY: help setup packages images release install uninstall cluster cluster-down cluster-shell demo test check fmt bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,23 @@ images: setup ## build the images (a second build uses the cache)
 release: setup ## publish images as a signed release in build/release (keys: ~/.config/flynn/release-keys)
 	@$(BIN)/flynn-images build --portable --out build/release-images
 	@$(BIN)/flynn-images release --images build/release-images $(if $(CHANNEL),--channel $(CHANNEL))
+
+PREFIX ?= /opt/flynn
+DESTDIR ?=
+install: packages ## install flynn-host and flynn on this machine (PREFIX=/opt/flynn), without starting anything
+	@[ -x $(DESTDIR)$(PREFIX)/bin/python ] || $(PYTHON) -m venv $(DESTDIR)$(PREFIX)
+	@$(DESTDIR)$(PREFIX)/bin/pip install -q --upgrade '.[node,machine]'
+	@install -d -m 0755 $(DESTDIR)/usr/local/bin $(DESTDIR)/etc/systemd/system && install -d -m 0700 $(DESTDIR)/etc/flynn
+	@ln -sfn $(PREFIX)/bin/flynn-host $(PREFIX)/bin/flynn $(DESTDIR)/usr/local/bin/
+	@install -m 0644 systemd/flynn-host.service $(DESTDIR)/etc/systemd/system/
+	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+	@echo "installed; next: flynn-host init (or join), systemctl enable --now flynn-host"
+
+uninstall: ## remove what `make install` made; /etc/flynn, /var/lib/flynn and running jobs stay
+	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl disable --now flynn-host 2>/dev/null || true
+	@rm -f $(DESTDIR)/etc/systemd/system/flynn-host.service $(DESTDIR)/usr/local/bin/flynn-host $(DESTDIR)/usr/local/bin/flynn
+	@rm -rf $(DESTDIR)$(PREFIX)
+	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
 cluster: images ## boot a development cluster of NODES nodes (1)
 	@$(BIN)/python -m tests.cluster up $(NODES)

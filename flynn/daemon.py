@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 GRACE = timedelta(seconds=20)  # below the 30 s that a host waits before it kills
 
+_notify_socket = ""  # where systemd listens; set once, by `run`
+
 ServiceFactory = Callable[[], AbstractAsyncContextManager[object]]
 
 
@@ -30,7 +34,10 @@ class ConfigError(Exception):
 
 def run(component: str, service: ServiceFactory, *, grace: timedelta = GRACE) -> None:
     """Be the daemon `component` until SIGINT or SIGTERM. Exit code 0 after an orderly exit, 1 after a failure."""
+    global _notify_socket
     configure(component)
+    # Taken out of the environment: what this process starts must not speak for it.
+    _notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
     try:
         _run_loop(service, grace)
     except ConfigError as error:
@@ -43,6 +50,18 @@ def run(component: str, service: ServiceFactory, *, grace: timedelta = GRACE) ->
                 sys.exit(f"{component}: {cause}")
         log.critical("the daemon failed", exc_info=error)
         sys.exit(1)
+
+
+def notify(state: str) -> None:
+    """Tell systemd (`Type=notify`) about this process, if it asked to be told. sd_notify(3)."""
+    if not _notify_socket:
+        return
+    address = "\0" + _notify_socket[1:] if _notify_socket.startswith("@") else _notify_socket
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
+        try:
+            channel.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("systemd not told", extra={"state": state, "error": str(error)})
 
 
 def _run_loop(service: ServiceFactory, grace: timedelta) -> None:
@@ -81,11 +100,13 @@ async def serve(service: AbstractAsyncContextManager[object], *, grace: timedelt
             try:
                 ready = True
                 log.info("ready")
+                notify("READY=1")
                 # What lived through the start is permanent; the collector need not visit it again.
                 gc.collect()
                 gc.freeze()
                 await stop.wait()
                 log.info("stopping")
+                notify("STOPPING=1")
             finally:
                 deadline.reschedule(loop.time() + grace.total_seconds())
     except asyncio.CancelledError:

@@ -17,6 +17,7 @@ from flynn.version import VERSION
 
 COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
+    "collect-debug-info": "flynn.host.cli.debug:collect_debug_info",
     "download": "flynn.host.cli.download:download",
     "demote": "flynn.host.cli.membership:demote",
     "drain": "flynn.host.cli.drain:drain",
