@@ -225,10 +225,11 @@ class TestHostileImages:
 
     async def test_command(self, runtime: Runtime, spec: Make, hostile: Path, tmp_path: Path) -> None:
         (tmp_path / "outside/marker").chmod(0o755)
-        shell = tmp_path / "program"
+        shell = tmp_path / "busybox"  # which must find its name last in the path, or it does nothing and proves nothing
         shutil.copy("/usr/bin/busybox", shell)
-        links = self._links(hostile, str(shell))
-        specs = [with_layer(spec(), hostile, args=(link, "echo", "the host's program ran")) for link in links]
+        links = self._links(hostile, str(tmp_path))
+        words = ("echo", "the host's program ran")
+        specs = [with_layer(spec(), hostile, args=(f"{link}/busybox", *words)) for link in links]
         await self._refused(runtime, "image: command is the host's by /proc/self/fd", *specs)
         for link in links:
             script = hostile / f"script{link[1:]}"
