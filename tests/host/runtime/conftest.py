@@ -50,7 +50,7 @@ def lower(layer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     subprocess.check_call(["umount", "-l", target])
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # a wider scope would last to the end of the whole run
 def private_network() -> Iterator[None]:
     """The tests' own network namespace with a bridge, so that they meet nothing of the machine's."""
     before = os.open("/proc/self/ns/net", os.O_RDONLY)
