@@ -222,7 +222,8 @@ async def test_a_cancelled_push_stops_the_build(platform: Platform, tmp_path: Pa
     platform.controller.apps["shop"] = replace(platform.controller.apps["shop"], release="0")
     async with platform.pushing(repository, "shop") as push:
         await push.until("       started")
-        os.killpg(push.child.pid, signal.SIGINT)
+        # As Ctrl-C; but a shell that runs in the background lets its children ignore that one.
+        os.killpg(push.child.pid, signal.SIGTERM)
         async with asyncio.timeout(10):
             while not platform.host.stopped:
                 await asyncio.sleep(0.05)
