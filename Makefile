@@ -37,7 +37,9 @@ PREFIX ?= /opt/flynn
 DESTDIR ?=
 install: packages ## install flynn-host and flynn on this machine (PREFIX=/opt/flynn), without starting anything
 	@[ -x $(DESTDIR)$(PREFIX)/bin/python ] || $(PYTHON) -m venv $(DESTDIR)$(PREFIX)
-	@$(DESTDIR)$(PREFIX)/bin/pip install -q --upgrade '.[node,machine]'
+	@rm -rf build/lib build/bdist.*  # an earlier build's leftovers would be installed with the rest
+	@$(DESTDIR)$(PREFIX)/bin/pip install -q --upgrade --force-reinstall --no-deps . && \
+	  $(DESTDIR)$(PREFIX)/bin/pip install -q '.[node,machine]'
 	@install -d -m 0755 $(DESTDIR)/usr/local/bin $(DESTDIR)/etc/systemd/system && install -d -m 0700 $(DESTDIR)/etc/flynn
 	@ln -sfn $(PREFIX)/bin/flynn-host $(PREFIX)/bin/flynn $(DESTDIR)/usr/local/bin/
 	@install -m 0644 systemd/flynn-host.service $(DESTDIR)/etc/systemd/system/
