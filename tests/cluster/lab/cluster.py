@@ -137,7 +137,9 @@ def publish(members: list[Node], add_command: str) -> None:
         "FLYNNRC": str(PUBLISHED / "flynnrc"),
         "GIT_CONFIG_GLOBAL": str(PUBLISHED / "gitconfig"),
     }
-    (PUBLISHED / "env").write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()))
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    lines.append(f'export PATH={shlex.quote(str(node.BIN))}:"$PATH"\n')
+    (PUBLISHED / "env").write_text("".join(lines))
     (PUBLISHED / "env").chmod(0o600)
     (PUBLISHED / "gitconfig").write_text("[include]\n\tpath = ~/.gitconfig\n[safe]\n\tdirectory = *\n")
     (PUBLISHED / "flynnrc").unlink(missing_ok=True)
@@ -150,6 +152,8 @@ def environment() -> dict[str, str]:
     env = {**os.environ, "PATH": f"{node.BIN}:{os.environ.get('PATH', '')}"}
     for line in (PUBLISHED / "env").read_text().splitlines():
         name, _, value = line.removeprefix("export ").partition("=")
+        if name == "PATH":
+            continue  # done above: only a shell can extend its own
         env[name] = shlex.split(value)[0] if value else ""
     return env
 
