@@ -219,13 +219,8 @@ class HttpClient:
         sent = {"Accept": "text/event-stream", **(headers or {})}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
         async with self._request("GET", path, sent, None, params, timeout) as response:
-            decoder = FrameDecoder()
-            with _translated(path):
-                async for chunk in response.content.iter_any():
-                    for frame in decoder.feed(chunk):
-                        if frame.event == "error":
-                            raise ApiError(frame.data.decode("utf-8", "replace"))
-                        yield decode(frame.data, type)
+            async for item in _decoded(response, path, type):
+                yield item
 
     @asynccontextmanager
     async def subscribed(
@@ -244,17 +239,7 @@ class HttpClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
         payload = None if body is None else encode(body)
         async with self._request(method, path, sent, payload, params, timeout) as response:
-
-            async def items() -> AsyncIterator[T]:
-                decoder = FrameDecoder()
-                with _translated(path):
-                    async for chunk in response.content.iter_any():
-                        for frame in decoder.feed(chunk):
-                            if frame.event == "error":
-                                raise ApiError(frame.data.decode("utf-8", "replace"))
-                            yield decode(frame.data, type)
-
-            yield items()
+            yield _decoded(response, path, type)
 
     @asynccontextmanager
     async def download(
@@ -435,6 +420,17 @@ def _repeatable(method: str, error: ApiError) -> bool:
     if isinstance(error, Unreachable):
         return error.retry and method in _SAFE
     return error.retry
+
+
+async def _decoded(response: aiohttp.ClientResponse, path: str, type: type[T]) -> AsyncIterator[T]:
+    """The events of a response's body; an error event is raised."""
+    decoder = FrameDecoder()
+    with _translated(path):
+        async for chunk in response.content.iter_any():
+            for frame in decoder.feed(chunk):
+                if frame.event == "error":
+                    raise ApiError(frame.data.decode("utf-8", "replace"))
+                yield decode(frame.data, type)
 
 
 class _translated:

@@ -317,7 +317,7 @@ class Api:
                     return _raw_response(early, extra)
                 self._admit(endpoint, request, with_key=key is not None)
                 # A client that goes away ends a stream at once, but never interrupts a handler half-way.
-                task = asyncio.ensure_future(_bounded(endpoint.handler(request)))
+                task = asyncio.ensure_future(endpoint.handler(request))
                 pending.add(task)
                 task.add_done_callback(pending.discard)
                 result = await asyncio.shield(task)
@@ -377,10 +377,6 @@ def _closing_if_unread(request: web.Request, response: web.StreamResponse) -> we
     if not response.prepared and request.can_read_body:
         response.force_close()
     return response
-
-
-async def _bounded(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 async def _no_continue_limit(request: web.Request) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -115,32 +115,14 @@ class ClusterCA:
         now: datetime | None = None,
     ) -> Credentials:
         """A certificate for `peer`, valid as client and as server under `names` (host names and IP addresses)."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        start = (now or datetime.now(UTC)) - BACKDATED
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(peer)[:64])]))
-            .issuer_name(self._certificate.subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(min(start + BACKDATED + lifetime, self._certificate.not_valid_after_utc))
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(digital_signature=True), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .add_extension(
-                x509.SubjectAlternativeName(
-                    [x509.UniformResourceIdentifier(peer.uri), *(_general_name(name) for name in dict.fromkeys(names))]
-                ),
-                critical=False,
-            )
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+        return self._leaf(
+            str(peer),
+            [x509.UniformResourceIdentifier(peer.uri), *(_general_name(name) for name in dict.fromkeys(names))],
+            [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
+            lifetime,
+            now or datetime.now(UTC),
+            usage=_usage(digital_signature=True),
         )
-        return Credentials(self.pem, certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
     def issue_host(self, host_id: str, addresses: Iterable[str]) -> Credentials:
         names = ["flynn-host.discoverd", "leader.flynn-host.discoverd", "localhost", "127.0.0.1", *addresses]
@@ -155,22 +137,37 @@ class ClusterCA:
     def issue_site(self, domains: Iterable[str], lifetime: timedelta = timedelta(days=5 * 365)) -> Credentials:
         """The default certificate of the router: what browsers, git and the `flynn` client see."""
         domains = list(domains)
+        names = [x509.DNSName(name) for name in domains]
+        return self._leaf(domains[0], names, [ExtendedKeyUsageOID.SERVER_AUTH], lifetime, datetime.now(UTC))
+
+    def _leaf(
+        self,
+        common_name: str,
+        names: Sequence[x509.GeneralName],
+        purposes: Sequence[x509.ObjectIdentifier],
+        lifetime: timedelta,
+        now: datetime,
+        *,
+        usage: x509.KeyUsage | None = None,
+    ) -> Credentials:
+        """A fresh key, and a certificate for it that ends with the authority's own at the latest."""
         key = ec.generate_private_key(ec.SECP256R1())
-        start = datetime.now(UTC) - BACKDATED
-        certificate = (
+        builder = (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, domains[0][:64])]))
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])]))
             .issuer_name(self._certificate.subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(start + lifetime)
+            .not_valid_before(now - BACKDATED)
+            .not_valid_after(min(now + lifetime, self._certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in domains]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
         )
+        if usage is not None:
+            builder = builder.add_extension(usage, critical=True)
+        certificate = builder.sign(self._key, hashes.SHA256())
         return Credentials(self.pem, certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
 
