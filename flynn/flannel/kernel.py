@@ -93,14 +93,6 @@ def ensure_vxlan(wanted: VxlanDevice) -> Device:
         return Device(existing[0], str(link.get_attr("IFLA_ADDRESS")).lower(), int(link.get_attr("IFLA_MTU")))
 
 
-def remove_device(name: str) -> bool:
-    with IPRoute() as ip:
-        found = ip.link_lookup(ifname=name)
-        if found:
-            ip.link("del", index=found[0])
-        return bool(found)
-
-
 def ensure_only_address(index: int, address: IPv4Interface) -> None:
     with IPRoute() as ip:
         ip.addr("replace", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)

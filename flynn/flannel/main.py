@@ -103,11 +103,6 @@ def _proposal(config: Config) -> dict[str, Any]:
     )
 
 
-def _instance(config: Config) -> Instance:
-    environ = {**os.environ, "EXTERNAL_IP": config.external_ip}
-    return instance_from_environment(environ, config.http_port, "https")
-
-
 def _others(here: Agent) -> list[Lease]:
     return [lease for lease in here.leases if lease.subnet != here.lease.subnet]
 

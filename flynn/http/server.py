@@ -133,11 +133,6 @@ class Request:
         return self._raw.remote or ""
 
     @property
-    def local_address(self) -> tuple[str, int] | None:
-        name = self._raw.transport.get_extra_info("sockname") if self._raw.transport else None
-        return (name[0], name[1]) if name else None
-
-    @property
     def accepts_events(self) -> bool:
         return "text/event-stream" in self.header("Accept")
 
@@ -244,7 +239,6 @@ class Api:
         self._bare = bare
         self._before = before
         self._headers = headers
-        self._paths_without_key = {"/ping"}
         self.route("GET", "/ping", _pong, allow=ANYONE)
         self.route("GET", "/.well-known/status", self._well_known_status, allow=status_access)
         self.route("GET", "/metrics", _metrics, allow=INSIDERS)
@@ -259,10 +253,6 @@ class Api:
         self.endpoints = [known for known in self.endpoints if (known.method, known.path) != (method, path)]
         limit = self._max_body_bytes if max_body_bytes is None else max_body_bytes
         self.endpoints.append(Endpoint(method, path, handler, allow, limit))
-
-    def without_key(self, path: str) -> None:
-        """Let this path be called without what `authorize` asks for."""
-        self._paths_without_key.add(path)
 
     async def _well_known_status(self, request: Request) -> Raw:
         try:
@@ -344,7 +334,7 @@ class Api:
             if request.peer is None:
                 raise Unauthorized("a client certificate of the cluster is needed" if not with_key else "wrong key")
             raise Forbidden(f"{request.peer} may not {request.method} {endpoint.path}")
-        if self._authorize is not None and request.raw_path not in self._paths_without_key:
+        if self._authorize is not None and request.raw_path != "/ping":
             self._authorize(request)
 
     def _refusal(self, error: ApiError, headers: Mapping[str, str]) -> web.Response:

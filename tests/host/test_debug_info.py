@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from flynn import daemon
-from flynn.host.cli.debug import REDACTED, clean, collect_debug_info
+from flynn.host.cli.debug import clean, collect_debug_info
+from flynn.host.cli.show import REDACTED
 from flynn.host.state import SCHEMA
 from flynn.types.codec import encode
 from flynn.types.host import ActiveJob, ContainerConfig, HostJob

@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 
 from flynn.host.cli.access import admin_key, state_dir
+from flynn.host.cli.show import REDACTED
 from flynn.host.config import LOG_DIR
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.identity import Identity
@@ -29,7 +30,6 @@ from flynn.types.errors import ApiError
 from flynn.types.host import ActiveJob
 from flynn.types.instance import Instance
 
-REDACTED = "XXXREDACTEDXXX"
 LOG_TAIL_BYTES = 4 << 20  # of each file
 COMMAND_SECONDS = 10
 ASK_SECONDS = 3.0

@@ -10,12 +10,11 @@ from datetime import UTC, datetime
 import click
 
 from flynn.host.cli.access import all_hosts, find_job, host_named, host_of, runs
-from flynn.host.cli.show import age, emit
+from flynn.host.cli.show import REDACTED, age, emit
 from flynn.types.codec import ZERO_TIME
 from flynn.types.errors import ApiError
 from flynn.types.host import META_APP_NAME, META_TYPE, ActiveJob
 
-REDACTED = "XXXREDACTEDXXX"
 LAST_TO_STOP = "discoverd"  # the others deregister with it
 _METADATA = re.compile(r'\{\{\s*metadata\s+"([^"]*)"\s*\}\}')
 

@@ -9,6 +9,8 @@ import click
 
 from flynn.types.codec import encode_indented
 
+REDACTED = "XXXREDACTEDXXX"  # stands where a secret was
+
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Align columns with two spaces between them; the last one is not padded."""
