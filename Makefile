@@ -74,8 +74,13 @@ fmt: setup ## format and mend what can be mended
 test: setup ## all tests, from a fresh clone (needs root)
 	@bash tests/run
 
-bench: setup ## measure against the peers; writes build/bench.json
-	@$(BIN)/python -m bench
+bench: setup $(VENV)/.bench ## measure beside the peers (ONLY="host router": some modules); writes build/bench.json
+	@bench/install-packages
+	@$(BIN)/python -m bench $(ONLY)
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.done
+	@$(BIN)/pip install -q -e '.[bench]'
+	@touch $@
 
 clean: cluster-down ## remove what was built here (not the machine's cache)
 	@rm -rf build $(VENV)

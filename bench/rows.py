@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 OUTPUT = Path("build/bench.json")
@@ -16,6 +16,7 @@ class Row:
 
     For throughputs (`unit` ends in `/s`) the ratio is inverted. `budget` is the largest ratio allowed; without a peer
     that can be run here, `peer` is None and the ratio is taken over `limit`, the documented figure, if there is one.
+    `against` names the peer.
     """
 
     name: str
@@ -24,6 +25,8 @@ class Row:
     peer: float | None = None
     limit: float | None = None
     budget: float | None = None
+    against: str = ""
+    module: str = ""  # filled in by `write`
 
     @property
     def ratio(self) -> float | None:
@@ -32,32 +35,47 @@ class Row:
             return None
         return other / self.ours if self.unit.endswith("/s") else self.ours / other
 
+    @property
+    def missed(self) -> bool:
+        """Over its budget."""
+        return self.ratio is not None and self.budget is not None and self.ratio > self.budget
+
     def document(self) -> dict[str, object]:
-        fields = asdict(self)
-        fields.pop("limit")
-        return {**fields, "ratio": self.ratio}
+        return {**asdict(self), "ratio": self.ratio}
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of `COLUMNS`."""
+        peer = self.peer if self.peer is not None else self.limit
+        return (
+            self.name, _figure(self.ours), _figure(peer), self.unit, self.against, _figure(self.ratio),
+            _figure(self.budget), "missed" if self.missed else "",
+        )  # fmt: skip
 
 
-def write(rows: Sequence[Row], path: Path = OUTPUT) -> None:
+COLUMNS = ("what", "ours", "peer", "unit", "against", "ratio", "budget", "")
+
+
+def write(module: str, rows: Sequence[Row], path: Path = OUTPUT) -> None:
+    """Record a module's rows in place of those of its last run; other modules' stay."""
+    kept = [row for row in read(path) if row.module != module] if path.exists() else []
+    kept += [replace(row, module=module) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
-    beside.write_text(json.dumps([row.document() for row in rows], indent=1) + "\n")
+    beside.write_text(json.dumps([row.document() for row in kept], indent=1) + "\n")
     beside.rename(path)
 
 
-def table(rows: Sequence[Row]) -> str:
-    def figure(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
+def read(path: Path = OUTPUT) -> list[Row]:
+    """Return the rows of the last runs. Raises `FileNotFoundError` before the first one."""
+    found = json.loads(path.read_text())
+    return [Row(**{key: value for key, value in row.items() if key != "ratio"}) for row in found]
 
-    lines = [("what", "ours", "peer", "unit", "ratio", "budget", "")]
-    for row in rows:
-        missed = row.ratio is not None and row.budget is not None and row.ratio > row.budget
-        peer = row.peer if row.peer is not None else row.limit
-        lines.append(
-            (
-                row.name, figure(row.ours), figure(peer), row.unit, figure(row.ratio), figure(row.budget),
-                "missed" if missed else "",
-            )
-        )  # fmt: skip
-    widths = [max(len(line[column]) for line in lines) for column in range(7)]
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [COLUMNS, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
