@@ -29,6 +29,7 @@ from flynn.blobstore.conditions import (
     decide_write,
 )
 from flynn.blobstore.mirror import (
+    CAUGHT_UP_PATH,
     MEMBERS_PATH,
     MIRRORED,
     RECORDS_PATH,
@@ -78,6 +79,10 @@ def blobstore_api(backend: Backend, *, signing_key: str, clock: Clock, mirror: M
         async def members(request: Request) -> list[str]:
             return mirror.members()
 
+        async def caught_up(request: Request) -> bool:
+            return mirror.caught_up()
+
+        api.route("GET", CAUGHT_UP_PATH, caught_up, allow=MEMBERS)
         api.route("GET", RECORDS_PATH, records, allow=MEMBERS)
         api.route("GET", MEMBERS_PATH, members, allow=MEMBERS)
     api.route("GET", "/", handlers.listing, allow=ANYONE)

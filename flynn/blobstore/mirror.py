@@ -8,10 +8,12 @@ node, would begin empty. The rules:
   later; until then nobody waits for it again.
 - A new member first makes sure that every other one sends it new writes, then fetches what it lacks, and only then
   registers as `blobstore`. So when its predecessor stops, nothing is missing.
+- Who sees a member come (back) compares with it once both have caught up, and makes good on both sides what a cut link
+  or an expired registration has made one of them miss.
 - Of two versions of a blob the one written later wins.
 
 Conditional writes (leases, repositories) need one place that decides: their writers use the leader of the service.
-Deletions are not remembered: an instance that misses one while it is cut off keeps the blob, which is only garbage.
+Deletions are not remembered: what an instance that was cut off has kept comes back, which is only garbage.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ SERVICE = "blobstore-mirror"
 MIRRORED = "Blobstore-Mirrored"  # header of a write that came from a member: when it was first made
 RECORDS_PATH = "/.mirror/records"
 MEMBERS_PATH = "/.mirror/members"
+CAUGHT_UP_PATH = "/.mirror/caught-up"
 
 RETRY = Backoff(first=timedelta(milliseconds=500), limit=timedelta(seconds=10))
 POLL = timedelta(milliseconds=200)
@@ -95,10 +98,12 @@ class Alone:
 class _Member:
     """Another instance, and what it has not got yet."""
 
-    def __init__(self, instance: Instance, http: HttpClient, backend: Backend) -> None:
+    def __init__(self, instance: Instance, http: HttpClient, backend: Backend, caught_up: asyncio.Event) -> None:
+        """`caught_up` is set when we have what the others had when we started."""
         self.instance = instance
         self.http = http
         self._backend = backend
+        self._caught_up = caught_up
         self._pending: dict[str, None] = {}  # names, in order; what has become of them is looked up when sending
         self._wake = asyncio.Event()
 
@@ -114,8 +119,16 @@ class _Member:
         self._pending[name] = None
         self._wake.set()
 
-    async def keep_sending(self) -> None:
-        """Send what is pending, for as long as the member exists."""
+    async def keep_up(self) -> None:
+        """Compare, then send what is pending, for as long as the member exists."""
+        await self._caught_up.wait()
+        async for _ in attempts(RETRY):
+            try:
+                if await self.http.get(CAUGHT_UP_PATH, answer=bool):
+                    await self._compare()
+                    break
+            except (ApiError, TimeoutError) as error:
+                log.info("cannot compare yet", extra={"member": self.instance.addr, "error": error})
         while True:
             await self._wake.wait()
             async for _ in attempts(RETRY):
@@ -129,6 +142,20 @@ class _Member:
                     continue
             self._wake.clear()
             log.info("a member has caught up", extra={"member": self.instance.addr})
+
+    async def _compare(self) -> None:
+        """Fetch what only the member has, and have it sent what only we have."""
+        theirs = {record.name: record for record in await self.http.get(RECORDS_PATH, answer=list[Record])}
+        mine = {blob.name: blob for blob in await self._backend.records()}
+        wanted = [record for record in theirs.values() if _is_news(record, mine.get(record.name))]
+        missed = [blob.name for blob in mine.values() if _is_news(Record.of(blob), theirs.get(blob.name))]
+        for record in wanted:
+            await _fetch(self.http, record, self._backend)
+        if missed:
+            self._pending.update(dict.fromkeys(missed))
+            self._wake.set()
+        if wanted or missed:
+            log.info("compared", extra={"member": self.instance.addr, "fetched": len(wanted), "missed": len(missed)})
 
     async def _send(self, name: str) -> None:
         """Make the member have what we have under `name`."""
@@ -154,11 +181,16 @@ class Mirror:
         self._connect = connect
         self._tasks = tasks
         self._members: dict[str, _Member] = {}
-        self._senders: dict[str, asyncio.Task[None]] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._caught_up = asyncio.Event()
 
     def members(self) -> list[str]:
         """Return the ids of those whom we send our writes to."""
         return sorted(self._members)
+
+    def caught_up(self) -> bool:
+        """Tell whether we have what the others had when we started."""
+        return self._caught_up.is_set()
 
     async def records(self) -> list[Record]:
         """Return what we have."""
@@ -187,15 +219,15 @@ class Mirror:
     def _join(self, instance: Instance) -> None:
         if instance.id in self._members:
             return
-        member = _Member(instance, self._connect(instance), self._backend)
+        member = _Member(instance, self._connect(instance), self._backend, self._caught_up)
         self._members[instance.id] = member
-        self._senders[instance.id] = self._tasks.start(f"send to {instance.addr}", member.keep_sending())
+        self._keepers[instance.id] = self._tasks.start(f"keep up {instance.addr}", member.keep_up())
         log.info("a member joined", extra={"member": instance.addr})
 
     def _leave(self, instance_id: str) -> None:
         member = self._members.pop(instance_id, None)
         if member is not None:
-            self._senders.pop(instance_id).cancel()
+            self._keepers.pop(instance_id).cancel()
             self._tasks.start("close a connection", member.http.close())
             log.info("a member left", extra={"member": member.instance.addr})
 
@@ -221,6 +253,7 @@ class Mirror:
                     if not empty and loop.time() > deadline:
                         done.add(instance_id)
             if others.keys() <= done:
+                self._caught_up.set()
                 return
 
     async def _catch_up_with(self, instance: Instance) -> bool:
@@ -234,25 +267,26 @@ class Mirror:
             mine = {blob.name: blob for blob in await self._backend.records()}
             wanted = [record for record in records if _is_news(record, mine.get(record.name))]
             for record in wanted:
-                await self._fetch(http, record)
+                await _fetch(http, record, self._backend)
         log.info("caught up", extra={"member": instance.addr, "blobs": len(records), "fetched": len(wanted)})
         return True
 
-    async def _fetch(self, http: HttpClient, record: Record) -> None:
-        try:
-            async with http.download(quote(record.name, errors="surrogateescape")) as (headers, chunks):
-                await self._backend.put(
-                    record.name,
-                    _all_of(chunks, int(headers.get("Content-Length", "0"))),
-                    content_type=record.content_type,
-                    modified=record.modified,
-                    guard=newer_only(record.modified),
-                )
-        except (NotFound, PreconditionFailed, Outdated):
-            pass  # changed since the list was made: then the change was sent to us as well
+
+async def _fetch(http: HttpClient, record: Record, into: Backend) -> None:
+    try:
+        async with http.download(quote(record.name, errors="surrogateescape")) as (headers, chunks):
+            await into.put(
+                record.name,
+                _all_of(chunks, int(headers.get("Content-Length", "0"))),
+                content_type=record.content_type,
+                modified=record.modified,
+                guard=newer_only(record.modified),
+            )
+    except (NotFound, PreconditionFailed, Outdated):
+        pass  # changed since the list was made: then the change was sent to us as well
 
 
-def _is_news(record: Record, mine: Blob | None) -> bool:
+def _is_news(record: Record, mine: Blob | Record | None) -> bool:
     return mine is None or (mine.sha512 != record.sha512 and mine.modified < record.modified)
 
 

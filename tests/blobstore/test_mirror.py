@@ -64,6 +64,7 @@ class Cluster:
 
             members = staticmethod(lambda: late[0].members())
             records = staticmethod(lambda: late[0].records())
+            caught_up = staticmethod(lambda: late[0].caught_up())
             put = staticmethod(lambda name: late[0].put(name))
             delete = staticmethod(lambda name: late[0].delete(name))
 
@@ -189,3 +190,23 @@ async def test_a_store_with_data_does_not_wait_for_the_dead(cluster: Cluster) ->
     assert not waiting.done()
     await cluster.registry.deregister(SERVICE, dead.id)
     assert await content(await waiting) == {"/a": b"1"}
+
+
+async def test_a_member_that_was_cut_off_longer_than_its_registration_lives_misses_nothing(cluster: Cluster) -> None:
+    one, two = await cluster.start("one"), await cluster.start("two")
+    await one.blobs.put("/both", b"1")
+    cut_off = two.mirror._own
+    await cluster.registry.deregister(SERVICE, cut_off.id)  # expired, as the majority sees it
+    await eventually(lambda: one.mirror.members() == [])
+    await one.blobs.put("/only/one", b"1")
+    await one.blobs.put("/both", b"2")
+    await two.backend.put("/only/two", _bytes(b"2"))  # acknowledged on the other side of the cut
+    await cluster.registry.register(SERVICE, cut_off)
+    expected = {"/both": b"2", "/only/one": b"1", "/only/two": b"2"}
+    async with asyncio.timeout(10):
+        while not (await content(one) == await content(two) == expected):
+            await asyncio.sleep(0.05)
+
+
+async def _bytes(content: bytes) -> AsyncIterator[bytes]:
+    yield content
