@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import User, eventually
+from tests.cluster.lab.user import User, eventually
 
 pytestmark = pytest.mark.cluster
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Operator, User, eventually
+from tests.cluster.conftest import Operator
 from tests.cluster.lab import node
+from tests.cluster.lab.user import User, eventually
 
 pytestmark = pytest.mark.cluster
 

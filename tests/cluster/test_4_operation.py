@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Operator, User, eventually
+from tests.cluster.conftest import Operator
+from tests.cluster.lab.user import User, eventually
 from tests.cluster.test_3_recovery import machine_pid
 
 pytestmark = pytest.mark.cluster

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster3.conftest import Lab, TrioUser
+from tests.cluster.lab.trio import Lab, TrioUser
 
 pytestmark = pytest.mark.cluster3
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from tests.cluster.conftest import eventually
 from tests.cluster.lab import cluster, network, node
 from tests.cluster.lab.layout import Node
-from tests.cluster3.conftest import APP, Lab, TrioUser
+from tests.cluster.lab.trio import APP, Lab, TrioUser
+from tests.cluster.lab.user import eventually
 
 pytestmark = pytest.mark.cluster3
 

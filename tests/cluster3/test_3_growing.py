@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests.cluster.conftest import eventually
 from tests.cluster.lab import cluster, node
 from tests.cluster.lab.layout import Node
-from tests.cluster3.conftest import Lab, TrioUser
+from tests.cluster.lab.trio import Lab, TrioUser
+from tests.cluster.lab.user import eventually
 
 pytestmark = pytest.mark.cluster3
 
