@@ -79,11 +79,9 @@ class LiveDirectory:
         self._open = AsyncExitStack()  # of the Raft node
         self._switching = asyncio.Lock()  # one change of our role at a time
         self._clock = clock
-        self._ttl = ttl
         self._changes: dict[str, Broadcast[DiscoverdEvent]] = {}
-        self._heard: dict[expiry.Key, float] = {}
+        self._heartbeats = expiry.Heartbeats(ttl)
         self._expiring: set[expiry.Key] = set()
-        self._leading_since: float | None = None
         self._ending: ApiError | None = None
         self._leadership = asyncio.Event()  # set on every change, for the task that looks after it
 
@@ -137,14 +135,14 @@ class LiveDirectory:
         service = self.service(name)
         if service is None:
             raise NotFound(f"service {name!r} not found")
-        if self._leading_since is None:
+        if self._heartbeats.since is None:
             raise ServiceUnavailable("this member does not lead (yet)")
         key = (name, instance.id)
         known = service.instances.get(instance.id)
         # A heartbeat that meets its own expiry comes too late: it must go into the log behind it, as a registration.
         if known is None or key in self._expiring or not store.same_registration(known, instance):
             await self._commit(store.PutInstance(name, instance))
-        self._heard[key] = self._clock.monotonic()
+        self._heartbeats.hear(key, self._clock.monotonic())
 
     async def remove_instance(self, name: str, instance_id: str) -> None:
         await self._commit(store.RemoveInstance(name, instance_id))
@@ -169,9 +167,9 @@ class LiveDirectory:
                 changes.send(event)
 
     def leadership_changed(self, leading: bool) -> None:
-        if leading or self._leading_since is not None:
+        if leading or self._heartbeats.since is not None:
             log.info("leadership changed", extra={"leading": leading})
-        self._leading_since = None
+        self._heartbeats.cease()
         self._leadership.set()
 
     # Our own role.
@@ -229,30 +227,26 @@ class LiveDirectory:
         while True:
             await self._leadership.wait()
             self._leadership.clear()
-            while self.raft.is_leader and self._leading_since is None:
+            while self.raft.is_leader and self._heartbeats.since is None:
                 try:
                     await self.raft.barrier()
                 except raft.NotReplicated:
                     await asyncio.sleep(0.1)
                     continue
-                self._heard.clear()
-                self._leading_since = self._clock.monotonic()
+                self._heartbeats.lead(self._clock.monotonic())
                 log.info("leading", extra={"index": self.raft.index, "services": len(self.state.services)})
 
     async def expire(self) -> None:
         while True:
-            before = self._clock.monotonic()
             await self._clock.sleep(expiry.CHECK_EVERY)
-            if self._leading_since is None or self._ending is not None:
+            if self._heartbeats.since is None or self._ending is not None:
                 continue
-            if self._clock.monotonic() - before > expiry.STOPPED.total_seconds():
-                # It was us who stood still, with the others' heartbeats waiting in our sockets: begin anew.
+            now = self._clock.monotonic()
+            if self._heartbeats.interrupted(now):
                 log.warning("stood still for a while, so nobody expires yet")
-                self._leading_since = self._clock.monotonic()
             for name in [name for name, changes in self._changes.items() if not len(changes)]:
                 del self._changes[name]
-            self._heard = expiry.remembered(self.state, self._heard)
-            gone = expiry.overdue(self.state, self._heard, self._leading_since, self._clock.monotonic(), self._ttl)
+            gone = self._heartbeats.overdue(self.state, now)
             if gone:
                 await self._expire(gone)
 
@@ -270,7 +264,7 @@ class LiveDirectory:
     @property
     def leading(self) -> bool:
         """Whether this member is the leader, knows everything committed before it was, and so may take writes."""
-        return self._leading_since is not None and self.raft.is_leader
+        return self._heartbeats.since is not None and self.raft.is_leader
 
 
 @asynccontextmanager

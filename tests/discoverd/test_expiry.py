@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flynn.discoverd.expiry import overdue, remembered
+from flynn.discoverd.expiry import Heartbeats
 from flynn.discoverd.store import Directory, Expired, Service
 from flynn.types.instance import Instance
 
@@ -20,8 +20,16 @@ STATE = Directory(
 )
 
 
+def leading(since: float, **heard: float) -> Heartbeats:
+    heartbeats = Heartbeats()
+    heartbeats.lead(since)
+    for name, at in heard.items():
+        heartbeats.hear(("web", name), at)
+    return heartbeats
+
+
 @pytest.mark.parametrize(
-    ("heard", "leading_since", "now", "gone"),
+    ("heard", "since", "now", "gone"),
     [
         pytest.param({"a": 100, "b": 104}, 0, 105, "", id="both report"),
         pytest.param({"a": 100, "b": 104}, 0, 110, "", id="exactly the time to live is not yet too long"),
@@ -33,12 +41,38 @@ STATE = Directory(
         pytest.param({"a": 100.1, "b": 107}, 100, 110, "", id="who has reported once has the whole time"),
     ],
 )
-def test_overdue(heard: dict[str, float], leading_since: float, now: float, gone: str) -> None:
-    keys = {("web", name): at for name, at in heard.items()}
-    found = overdue(STATE, keys, leading_since, now)
+def test_overdue(heard: dict[str, float], since: float, now: float, gone: str) -> None:
+    found = leading(since, **heard).overdue(STATE, now)
     assert found == [Expired("web", name, {"a": 1, "b": 2}[name]) for name in gone]
 
 
+def test_who_does_not_lead_takes_nobody_down() -> None:
+    heartbeats = leading(0)
+    heartbeats.cease()
+    assert heartbeats.overdue(STATE, 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("looks", "gone_at_last"),
+    [
+        pytest.param([0.5, 1.0, 1.5], "", id="looks in their usual rhythm change nothing"),
+        pytest.param([0.5, 3600.5], "", id="an hour that passed between two looks was ours, not theirs"),
+        pytest.param([0.5, -3599.5], "", id="a clock turned back by an hour"),
+        pytest.param(
+            [0.5, -3599.5, *(-3599.5 + n / 2 for n in range(22))], "ab", id="which delays the dead by seconds"
+        ),
+        pytest.param([0.5, *(3600 + n / 2 for n in range(22))], "ab", id="as does one put forward"),
+    ],
+)
+def test_a_clock_that_jumps_takes_nobody_down_and_keeps_nobody_alive(looks: list[float], gone_at_last: str) -> None:
+    heartbeats = leading(0, a=0.1, b=0.1)
+    for now in looks:
+        heartbeats.interrupted(now)
+    assert [one.instance_id for one in heartbeats.overdue(STATE, looks[-1])] == list(gone_at_last)
+
+
 def test_heartbeats_of_the_departed_are_forgotten() -> None:
-    heard = {("web", "a"): 1.0, ("web", "z"): 1.0, ("gone", "a"): 1.0}
-    assert remembered(STATE, heard) == {("web", "a"): 1.0}
+    heartbeats = leading(0, a=1.0, z=1.0)
+    heartbeats.hear(("gone", "a"), 1.0)
+    heartbeats.overdue(STATE, 2)
+    assert heartbeats.heard == {("web", "a"): 1.0}
