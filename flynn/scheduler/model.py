@@ -50,6 +50,16 @@ class JobState(StrEnum):
         return self in (JobState.STARTING, JobState.RUNNING)
 
 
+WIRE_STATE = {
+    JobState.PENDING: "pending",
+    JobState.BLOCKED: "blocked",
+    JobState.STARTING: "starting",
+    JobState.RUNNING: "up",
+    JobState.STOPPING: "stopping",
+    JobState.STOPPED: "down",
+}
+"""What the controller calls them."""
+
 _COUNTING = frozenset((JobState.PENDING, JobState.BLOCKED, JobState.STARTING, JobState.RUNNING))
 
 
@@ -98,6 +108,11 @@ class Job:
     @property
     def cluster_id(self) -> str:
         return f"{self.host}-{self.id}" if self.host else ""
+
+    @property
+    def last_news(self) -> datetime:
+        """A listing that was asked for earlier says nothing about the job."""
+        return self.touched_at or self.created_at
 
     @property
     def age_mark(self) -> datetime:

@@ -9,16 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 from flynn.scheduler.model import Formation, Host, HostID, Job, JobID, JobState
 from flynn.types.formation import ScaleRequest
-
-QUICK_RESTARTS = 5  # so many in a row come without delay
-SLOW_RESTARTS = 15  # and from here on the delay is the longest
-RESTART_DELAY = timedelta(seconds=10)
-LONG_RESTART_DELAY = timedelta(seconds=30)
-STABLE_AFTER = timedelta(minutes=5)  # a job that lived so long begins anew with its restart count
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +114,6 @@ def choose_to_stop(jobs: Iterable[Job], count: int, hosts: Mapping[HostID, Host]
 
 def _newest_first(job: Job) -> float:
     return -job.age_mark.timestamp()
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """How the replacement of an ended job begins."""
-
-    restarts: int
-    delay: timedelta
-
-
-def restart_of(job: Job, now: datetime) -> Restart:
-    """The restart count and delay of the job that replaces `job`. How it ended makes no difference."""
-    past = job.restarts
-    if job.started_at is not None and now - job.started_at > STABLE_AFTER:
-        past = 0
-    if past < QUICK_RESTARTS:
-        return Restart(past + 1, timedelta(0))
-    return Restart(past + 1, RESTART_DELAY if past < SLOW_RESTARTS else LONG_RESTART_DELAY)
 
 
 def load_by_host(jobs: Iterable[Job], type: str) -> Counter[HostID]:

@@ -6,9 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from flynn import jobspec
-from flynn.scheduler.engine import WIRE_STATE, Engine
+from flynn.scheduler.engine import Engine
 from flynn.scheduler.events import JobReport, RecordedJob
 from flynn.scheduler.model import (
+    WIRE_STATE,
     Formation,
     HostID,
     Job,

@@ -31,6 +31,7 @@ class World:
         self._jobs_of: dict[FormationKey, dict[JobID, Job]] = defaultdict(dict)
         self._jobs_on: dict[HostID, dict[JobID, None]] = defaultdict(dict)  # dicts where sets would do: order is kept
         self._volumes_of: dict[tuple[str, str], dict[VolumeID, Volume]] = defaultdict(dict)
+        self._volumes_on: dict[HostID, dict[VolumeID, None]] = defaultdict(dict)
         self._volumes_used: dict[JobID, dict[VolumeID, None]] = defaultdict(dict)
 
     def put_job(self, job: Job) -> None:
@@ -62,10 +63,12 @@ class World:
             self._volumes_used[volume.job][volume.id] = None
         self.volumes[volume.id] = volume
         self._volumes_of[volume.app, volume.type][volume.id] = volume
+        self._volumes_on[volume.host][volume.id] = None  # a volume never moves
 
     def drop_volume(self, id: VolumeID) -> None:
         volume = self.volumes.pop(id)
         self._volumes_of[volume.app, volume.type].pop(id, None)
+        self._volumes_on[volume.host].pop(id, None)
         if volume.job is not None:
             self._volumes_used[volume.job].pop(id, None)
 
@@ -74,6 +77,9 @@ class World:
         known = self._volumes_of.get((formation.app.id, type), {}).values()
         mine = (v for v in known if formation.app.keeps_volumes or v.release == formation.release.id)
         return sorted(mine, key=_latest_first)
+
+    def volumes_on(self, host: HostID) -> list[Volume]:
+        return [self.volumes[id] for id in self._volumes_on.get(host, ())]
 
     def volumes_used(self, job: JobID) -> list[Volume]:
         return [self.volumes[id] for id in self._volumes_used.get(job, ())]

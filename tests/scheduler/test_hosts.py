@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from pytest import param
 
-from flynn.scheduler.engine import CHECK_EVERY, FAILED_CHECKS, FAILED_CHECKS_LISTED, Engine
+from flynn.scheduler.engine import Engine
 from flynn.scheduler.events import (
     CheckHost,
     FollowHost,
@@ -17,6 +17,7 @@ from flynn.scheduler.events import (
     Tick,
     UnfollowHost,
 )
+from flynn.scheduler.hosts import CHECK_EVERY, FAILED_CHECKS, FAILED_CHECKS_LISTED
 from flynn.scheduler.model import HostID
 
 NODE = HostID("node1")

@@ -10,7 +10,8 @@ from pytest import param
 
 from flynn.scheduler.formations import Accepted, Stale, accept
 from flynn.scheduler.model import Formation, Host, HostID, Job, JobID, JobState
-from flynn.scheduler.reconcile import CompleteScale, Create, Stop, choose_to_stop, reconcile, restart_of
+from flynn.scheduler.reconcile import CompleteScale, Create, Stop, choose_to_stop, reconcile
+from flynn.scheduler.restarts import restart_of
 from flynn.types.app import App
 from flynn.types.formation import ScaleRequest
 from flynn.types.release import ProcessType, Release
