@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Protocol
 
 from flynn.router.client import RouterEvent
+from flynn.scheduler.events import Event
 from flynn.scheduler.model import HostID
 from flynn.types.codec import ZERO_TIME
 from flynn.types.formation import ExpandedFormation, ScaleRequest
@@ -18,6 +19,12 @@ from flynn.types.host import ActiveJob, HostJob, HostStatus, JobEvent
 from flynn.types.instance import Instance
 from flynn.types.job import Job
 from flynn.types.volume import Volume, VolumeInfo, VolumeRequest
+
+
+class Tell(Protocol):
+    """Puts an event into the engine's queue; waits while that is full."""
+
+    async def __call__(self, event: Event) -> None: ...
 
 
 class ControllerApi(Protocol):

@@ -17,7 +17,8 @@ from flynn.controller.client import Controller
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.router.client import RouterEvent
 from flynn.scheduler.engine import Engine
-from flynn.scheduler.loop import HOST_SERVICE, SERVICE, SchedulerLoop
+from flynn.scheduler.host_links import HOST_SERVICE
+from flynn.scheduler.loop import SERVICE, SchedulerLoop
 from flynn.scheduler.model import HostID
 from flynn.types.codec import replace
 from flynn.types.errors import NotFound

@@ -1,0 +1,113 @@
+"""Which hosts there are: seen, suspected, probed, given up. A daemon that restarts is not a machine that died."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from flynn.scheduler import job_state
+from flynn.scheduler.desk import Desk, Timer
+from flynn.scheduler.events import CheckHost, FollowHost, HostSeen, UnfollowHost
+from flynn.scheduler.jobs import JobBook
+from flynn.scheduler.model import Host, HostID
+
+log = logging.getLogger(__name__)
+
+FAILED_CHECKS = 3  # in a row, when discoverd has given the host up as well: then its jobs are replaced
+FAILED_CHECKS_LISTED = 30  # while discoverd still lists it: its daemon may just be restarting, and its jobs run on
+CHECK_EVERY = timedelta(milliseconds=500)
+
+
+class HostWatch:
+    def __init__(self, desk: Desk, jobs: JobBook) -> None:
+        self.unlisted: dict[HostID, None] = {}  # hosts whose jobs have not been listed yet
+        self._desk = desk
+        self._world = desk.world
+        self._jobs = jobs
+        self._checking: set[HostID] = set()
+
+    def seen(self, event: HostSeen) -> None:
+        """discoverd lists the host."""
+        known = self._world.hosts.get(event.host)
+        if known is None:
+            if event.shutting_down:
+                return
+            self._world.hosts[event.host] = Host(event.host, dict(event.tags))
+            self.unlisted[event.host] = None
+            self._desk.ask(FollowHost(event.host))
+            log.info("host up", extra={"host": event.host})
+            self._changed()
+            return
+        host = replace(
+            known,
+            tags=dict(event.tags),
+            shutting_down=event.shutting_down,
+            healthy=True,
+            failed_checks=0,
+            listed=True,
+        )
+        self._world.hosts[event.host] = host
+        if host.tags != known.tags:
+            log.info("host tags changed", extra={"host": event.host, "from": known.tags, "to": host.tags})
+        if host.tags != known.tags or host.shutting_down != known.shutting_down or not known.healthy:
+            self._changed()
+
+    def gone(self, id: HostID, now: datetime) -> None:
+        """discoverd does not list it any more."""
+        host = self._world.hosts.get(id)
+        if host is None:
+            return
+        if host.shutting_down:
+            self._unfollow(host, now)
+        else:
+            self._world.hosts[id] = replace(host, listed=False)
+            self.suspect(id)
+
+    def suspect(self, id: HostID) -> None:
+        """Begin to probe a host; while it is under suspicion already, the probes go on at their own pace."""
+        host = self._world.hosts.get(id)
+        if host is None or not host.healthy:
+            return
+        self._world.hosts[id] = replace(host, healthy=False)
+        self._check(id)
+
+    def check_again(self, id: HostID) -> None:
+        host = self._world.hosts.get(id)
+        if host is not None and not host.healthy:
+            self._check(id)
+
+    def _check(self, id: HostID) -> None:
+        if id not in self._checking:
+            self._checking.add(id)
+            self._desk.ask(CheckHost(id))
+
+    def checked(self, id: HostID, alive: bool, now: datetime) -> None:
+        """A probe has been answered, or has not."""
+        self._checking.discard(id)
+        host = self._world.hosts.get(id)
+        if host is None or host.healthy:
+            return
+        if alive:
+            self._world.hosts[id] = replace(host, healthy=True, failed_checks=0)
+            self._changed()
+            return
+        failed = host.failed_checks + 1
+        self._world.hosts[id] = replace(host, failed_checks=failed)
+        if failed >= (FAILED_CHECKS_LISTED if host.listed else FAILED_CHECKS):
+            self._unfollow(self._world.hosts[id], now)
+        else:
+            self._desk.at(now + CHECK_EVERY, Timer.CHECK, id)
+
+    def _unfollow(self, host: Host, now: datetime) -> None:
+        log.warning("host lost", extra={"host": host.id, "jobs": len(self._world.jobs_on(host.id))})
+        del self._world.hosts[host.id]
+        self.unlisted.pop(host.id, None)
+        self._desk.ask(UnfollowHost(host.id))
+        for job in self._world.jobs_on(host.id):
+            self._jobs.apply(job, job_state.Lost("its host is gone", now), now)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._desk.mark_all()
+        self._desk.unblock()

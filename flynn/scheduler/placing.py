@@ -1,0 +1,157 @@
+"""From "so many more jobs" to requests to hosts: which host gets which pending job, and what if it does not take it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from flynn.scheduler import job_state, placement
+from flynn.scheduler.desk import Desk, Timer
+from flynn.scheduler.events import PersistJob, StartDone, StartJob
+from flynn.scheduler.jobs import JobBook
+from flynn.scheduler.model import Formation, FormationKey, Host, HostID, Job, JobID, JobState, VolumeID
+from flynn.scheduler.reconcile import load_by_host
+from flynn.scheduler.restarts import Restarts
+from flynn.scheduler.volumes import VolumeBook
+
+log = logging.getLogger(__name__)
+
+LEAVING_PAUSE = timedelta(milliseconds=200)  # between looks at whether the job to be waited for has ended
+
+
+class Placing:
+    def __init__(self, desk: Desk, jobs: JobBook, volumes: VolumeBook, restarts: Restarts) -> None:
+        self._desk = desk
+        self._world = desk.world
+        self._jobs = jobs
+        self._volumes = volumes
+        self._restarts = restarts
+
+    def create(self, formation: Formation, type: str, count: int, now: datetime) -> None:
+        """Make jobs that wait to be placed. Those that replace ended ones go on with their counts."""
+        ended = self._restarts.pending(formation.key, type)
+        args = tuple(formation.process(type).args)
+        for index in range(count):
+            restart = ended[index] if index < len(ended) else None
+            run_at = now + restart.delay if restart is not None and restart.delay else None
+            job = Job(
+                id=JobID(self._desk.new_id()),
+                app=formation.app.id,
+                release=formation.release.id,
+                type=type,
+                state=JobState.PENDING,
+                created_at=now,
+                args=args,
+                restarts=restart.restarts if restart is not None else 0,
+                run_at=run_at,
+            )
+            self._world.put_job(job)
+            self._desk.to_place[job.id] = None
+            if run_at is not None:
+                self._desk.ask(PersistJob(job))
+
+    def place(self, now: datetime) -> None:
+        """Find hosts for the jobs that may be started now."""
+        groups: dict[tuple[FormationKey, str], list[Job]] = defaultdict(list)
+        for id in list(self._desk.to_place):
+            del self._desk.to_place[id]
+            job = self._world.jobs.get(id)
+            if job is None or job.state is not JobState.PENDING or id in self._desk.starting:
+                continue
+            if job.run_at is not None and job.run_at > now:
+                self._desk.at(job.run_at, Timer.START, id)
+                continue
+            groups[job.key, job.type].append(job)
+        if not groups:
+            return
+        hosts = list(self._world.hosts.values())
+        self._desk.random.shuffle(hosts)
+        for (key, type), jobs in groups.items():
+            formation = self._world.formations.get(key)
+            if formation is not None:
+                self._place_group(formation, type, jobs, hosts, now)
+
+    def _place_group(self, formation: Formation, type: str, jobs: list[Job], hosts: list[Host], now: datetime) -> None:
+        if reason := self._restarts.waits_for(formation, type, now):
+            for job in jobs:
+                self._desk.note(job, reason)
+                self._desk.at(now + LEAVING_PAUSE, Timer.START, job.id)
+            return
+        waiting = {job.id for job in jobs}
+        load = load_by_host((job for job in self._world.jobs_of(formation.key) if job.id not in waiting), type)
+        start = self._desk.random.randrange(len(hosts)) if hosts else 0
+        one_by_one = [job for job in jobs if job.avoid is not None] if not formation.volume_requests(type) else jobs
+        for job in one_by_one:
+            self._place_one(formation, job, hosts, start, load, now)
+        together = [job for job in jobs if job.avoid is None] if one_by_one is not jobs else []
+        if not together:
+            return
+        found = placement.spread(
+            placement.rotated(hosts, start),
+            load,
+            formation.tags_of(type),
+            len(together),
+            prefer_healthy=not formation.process(type).omni,
+        )
+        if not found:
+            reason = placement.NO_MATCH if hosts else placement.NO_HOSTS
+            for job in together:
+                self._jobs.apply(job, job_state.NoPlace(reason), now)
+        for job, host in zip(together, found, strict=False):
+            self.start(formation, job, placement.Chosen(host), now)
+
+    def _place_one(
+        self, formation: Formation, job: Job, hosts: list[Host], start: int, load: Counter[HostID], now: datetime
+    ) -> None:
+        # Volumes of an attempt that failed before they were created are forgotten; created ones are free to be taken.
+        self._volumes.release(job, now)
+        verdict = placement.place(
+            formation,
+            job.type,
+            job.id,
+            hosts,
+            placement.rotated(hosts, start),
+            load,
+            self._world.volumes_of(formation, job.type),
+            avoid=job.avoid,
+            new_volume_id=lambda: VolumeID(self._desk.new_id()),
+        )
+        match verdict:
+            case placement.Refused(reason):
+                self._jobs.apply(job, job_state.NoPlace(reason), now)
+            case placement.Chosen():
+                load[verdict.host.id] += 1
+                self.start(formation, job, verdict, now)
+
+    def start(self, formation: Formation, job: Job, chosen: placement.Chosen, now: datetime) -> None:
+        """Have a host asked to run the job."""
+        volumes = tuple(replace(volume, job=job.id) for volume in chosen.volumes)
+        for volume in volumes:
+            self._volumes.put(volume)
+        event = job_state.Placed(chosen.host.id, tuple(volume.id for volume in volumes), now)
+        placed = self._jobs.apply(job, event, now)
+        self._desk.starting.add(job.id)
+        self._desk.ask(StartJob(placed, formation, volumes))
+
+    def start_done(self, event: StartDone, now: datetime) -> None:
+        """The host has taken the job, or has not."""
+        self._desk.starting.discard(event.job)
+        for id in event.volumes:
+            self._volumes.created(id, now)
+        job = self._world.jobs.get(event.job)
+        if job is None:
+            return
+        if not event.error:
+            if job.state is JobState.PENDING and job.host == event.host:
+                self._world.put_job(replace(job, touched_at=now))
+            return
+        log.warning(
+            "start failed",
+            extra={"job": f"{event.host}-{event.job}", "attempt": job.attempts + 1, "error": event.error},
+        )
+        if self._desk.leader:
+            after = self._jobs.apply(job, job_state.StartFailed(event.host, now), now)
+            if after.state is JobState.PENDING and after.run_at is not None:
+                self._desk.at(after.run_at, Timer.START, after.id)

@@ -1,0 +1,58 @@
+"""The controller's books against what is known here: what it has to be told, and what earlier leaders left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+
+from flynn.scheduler.desk import Desk
+from flynn.scheduler.events import PersistJob, RecordedJob, RecordsListed
+from flynn.scheduler.model import WIRE_STATE, FormationKey, Job, JobState
+
+
+def compare(desk: Desk, event: RecordsListed, now: datetime) -> None:
+    """Adopt what waits for its start, and tell the controller wherever it is wrong."""
+    recorded = {record.id for record in event.jobs}
+    for record in event.jobs:
+        job = desk.world.jobs.get(record.id)
+        if job is None:
+            _unknown(desk, record, now)
+            continue
+        if record.restarts > job.restarts:
+            job = replace(job, restarts=record.restarts)
+            desk.world.put_job(job)
+        # What changed while the answer was under way has been told since; an end may not have been, if it was
+        # found in a listing, and can be told twice.
+        settled = job.state is JobState.STOPPED or job.last_news < event.asked_at
+        if settled and record.state != WIRE_STATE[job.state]:
+            desk.ask(PersistJob(job))
+    for job in desk.world.jobs.values():
+        active = job.state is not JobState.STOPPED and job.state is not JobState.BLOCKED
+        if active and job.id not in recorded and job.last_news < event.asked_at:
+            desk.ask(PersistJob(job))
+
+
+def _unknown(desk: Desk, record: RecordedJob, now: datetime) -> None:
+    key = FormationKey(record.app, record.release)
+    job = Job(
+        id=record.id,
+        app=record.app,
+        release=record.release,
+        type=record.type,
+        state=JobState.STOPPED,
+        created_at=now,
+        host=record.host,
+        args=record.args,
+        restarts=record.restarts,
+        run_at=record.run_at,
+        reason="unknown to all hosts",
+        touched_at=now,
+    )
+    waits = record.state in ("pending", "blocked") and record.host is None
+    if waits and record.type and key in desk.world.formations:
+        # Left behind by the leader before: it keeps its restart count and its waiting time.
+        desk.world.put_job(replace(job, state=JobState.PENDING, reason=""))
+        desk.to_place[job.id] = None
+        desk.dirty[key] = None
+    else:
+        desk.ask(PersistJob(job))
