@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help setup packages images release install uninstall cluster cluster-down cluster-shell demo test check fmt bench clean
+.PHONY: help setup packages images release install uninstall cluster cluster-down cluster-shell demo drill test check fmt bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ check: setup ## format, lint, types, import contracts, fast tests
 
 fmt: setup ## format and mend what can be mended
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+
+drill: $(if $(LIST),setup,images) ## break three nodes in every way, measure the recovery; LIST=1, ONLY=name,... (build/drill.json)
+	@$(BIN)/python -m tests.drill $(if $(LIST),--list) $(if $(ONLY),--only '$(ONLY)')
 
 test: setup ## all tests, from a fresh clone (needs root)
 	@bash tests/run

@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection
@@ -201,8 +202,9 @@ def _copy(source: Path, part: Path) -> None:
             return
         except OSError:
             pass  # no reflinks here
-        while os.copy_file_range(reading.fileno(), writing.fileno(), 64 << 20):
-            pass
+        shutil.copyfileobj(
+            reading, writing, CHUNK_BYTES
+        )  # copy_file_range refuses to go from one file system to another
 
 
 async def _flaw(spec: Mountspec, file: Path) -> str:

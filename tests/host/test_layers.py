@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -62,6 +63,15 @@ def store(tmp_path: Path, tasks: TaskSet, *mounted: str) -> LayerStore:
 
 
 @pytest.mark.parametrize("again", ["the same daemon", "the next daemon"])
+async def test_a_layer_comes_from_another_file_system(tmp_path: Path, tasks: TaskSet) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".squashfs") as source:
+        source.write(CONTENT)
+        source.flush()
+        hashes = {"sha512_256": sha512_256(CONTENT)}
+        spec = Mountspec(type="squashfs", id="far", url=f"file://{source.name}", size=len(CONTENT), hashes=hashes)
+        assert (await store(tmp_path, tasks).ensure(spec)).read_bytes() == CONTENT
+
+
 async def test_a_layer_changed_after_its_import_is_refused(
     again: str, tmp_path: Path, tasks: TaskSet, source: Path, spec: Mountspec
 ) -> None:

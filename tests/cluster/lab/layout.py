@@ -16,6 +16,7 @@ BRIDGE = "flynndev"
 TABLE = "flynndev"  # our table of nftables on the machine
 GATEWAY = "198.51.100.1"  # TEST-NET-2: documentation addresses, in nobody's way
 PREFIX = 24
+DISK_BYTES = 12 << 30  # of each node, taken from the machine's as it is written; 70 % of it are for volumes
 NETWORK = "198.51.100.0/24"
 SITES = ("controller", "git", "images", "status")  # names under the domain that always exist
 
@@ -54,6 +55,11 @@ class Node:
     @property
     def root(self) -> Path:
         return BASE / self.id
+
+    @property
+    def disk(self) -> Path:
+        """The image of the node's own file system, which is mounted at `root`."""
+        return BASE / f"{self.id}.ext4"
 
     @property
     def state(self) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flynn.host.volumes import fuse
 from tests.cluster.lab import network
-from tests.cluster.lab.layout import BASE, Node
+from tests.cluster.lab.layout import BASE, DISK_BYTES, Node
 from tests.cluster.lab.network import run
 
 BIN = Path(sys.executable).parent
@@ -52,12 +52,23 @@ def start_zfs() -> None:
 
 
 def lay_out(node: Node) -> None:
-    """Directories and name resolution of a new node."""
-    for directory in (node.root, node.state, node.config):
+    """Disk, directories and name resolution of a new node."""
+    node.root.mkdir(parents=True, exist_ok=True)
+    if not is_mounted(node.root):
+        _insert_disk(node)
+    for directory in (node.state, node.config):
         directory.mkdir(parents=True, exist_ok=True)
     resolvers = [line for line in Path("/etc/resolv.conf").read_text().splitlines() if line.startswith("nameserver")]
     node.resolv_conf.write_text("\n".join(resolvers) + "\n")
     node.hosts_file.write_text(f"127.0.0.1 localhost\n{node.ip} {node.id}\n")
+
+
+def _insert_disk(node: Node) -> None:
+    """A file system of limited size, so that a node can run out of space without the machine doing so."""
+    with node.disk.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    run("mkfs.ext4", "-q", "-F", "-m0", "-E", "lazy_itable_init=1,nodiscard", str(node.disk))
+    run("mount", "-o", "loop", str(node.disk), str(node.root))
 
 
 def found(node: Node) -> None:
@@ -149,7 +160,12 @@ def _gone(node: Node, pid: int, seconds: float) -> bool:
 
 
 def power_cut(node: Node) -> None:
-    """Everything in the node ends at once, with no chance to do anything about it."""
+    """Everything in the node ends at once, with no chance to do anything about it, or to tell anybody.
+
+    The link goes first: the kernel, which lives on, would close the connections of what it kills in good order.
+    """
+    if network.exists(node.link):
+        network.cut(node)
     outer, init = outer_pid(node), init_pid(node)
     if init is not None:
         os.kill(init, signal.SIGKILL)
@@ -193,7 +209,7 @@ def remove(node: Node) -> None:
     _end_strays(node)
     _destroy_pool(node.pool)
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for target in sorted((m for m in mounts if m.startswith(f"{node.root}/")), reverse=True):
+    for target in sorted((m for m in mounts if f"{m}/".startswith(f"{node.root}/")), reverse=True):
         run("umount", "--lazy", target, check=False)
     network.unplug(node)
     for hierarchy in Path("/sys/fs/cgroup").iterdir():
@@ -203,6 +219,7 @@ def remove(node: Node) -> None:
         if group.is_dir():
             _remove_cgroup(group)
     shutil.rmtree(node.root, ignore_errors=True)
+    node.disk.unlink(missing_ok=True)
 
 
 def _end_strays(node: Node) -> None:
