@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,31 +12,13 @@ import pytest
 from flynn.host.client import HostClient
 from flynn.types.host import Mountspec
 
-from .machine import TestMachine, sweep
+from .machine import TestMachine, busybox_image, sweep
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Mountspec:
     """A layer with busybox and a link per applet."""
-    work = tmp_path_factory.mktemp("image")
-    root = work / "root"
-    for directory in ("bin", "etc", "tmp", "proc", "sys", "dev"):
-        (root / directory).mkdir(parents=True)
-    shutil.copy("/usr/bin/busybox", root / "bin/busybox")
-    for applet in subprocess.check_output(["/usr/bin/busybox", "--list"], text=True).split():
-        if applet != "busybox":
-            (root / "bin" / applet).symlink_to("busybox")
-    (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")
-    file = work / "busybox.squashfs"
-    subprocess.check_call(["mksquashfs", root, file, "-quiet", "-no-progress", "-noappend"], stdout=subprocess.DEVNULL)
-    content = file.read_bytes()
-    return Mountspec(
-        type="squashfs",
-        id="busybox",
-        url=f"file://{file}",
-        size=len(content),
-        hashes={"sha256": hashlib.sha256(content).hexdigest()},
-    )
+    return busybox_image(tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -165,6 +166,30 @@ def sweep() -> None:
         subprocess.run(["zpool", "destroy", "-f", namespace.name], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "del", namespace.name], check=False)
         remove_cgroups(namespace.name)
+
+
+def busybox_image(work: Path, files: Mapping[str, bytes] | None = None) -> Mountspec:
+    """A layer with busybox, a link per applet and some more files; `work/root` has the same as a directory."""
+    root = work / "root"
+    for directory in ("bin", "etc", "tmp", "proc", "sys", "dev"):
+        (root / directory).mkdir(parents=True)
+    shutil.copy("/usr/bin/busybox", root / "bin/busybox")
+    for applet in subprocess.check_output(["/usr/bin/busybox", "--list"], text=True).split():
+        if applet != "busybox":
+            (root / "bin" / applet).symlink_to("busybox")
+    (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")
+    for name, content in (files or {}).items():
+        (root / name).write_bytes(content)
+    file = work / "busybox.squashfs"
+    subprocess.check_call(["mksquashfs", root, file, "-quiet", "-no-progress", "-noappend"], stdout=subprocess.DEVNULL)
+    content = file.read_bytes()
+    return Mountspec(
+        type="squashfs",
+        id="busybox",
+        url=f"file://{file}",
+        size=len(content),
+        hashes={"sha256": hashlib.sha256(content).hexdigest()},
+    )
 
 
 async def ended(host: HostClient, job_id: str, seconds: float = 20) -> JobStatus:
