@@ -370,7 +370,7 @@ async def _kill_theirs(peer: etcd.Cluster) -> float:
             await _Etcd(clients[number % 2]).register(number)
 
         await peer.kill(leader)
-        took = await _until_written(write, (etcd.grpc.aio.AioRpcError,))
+        took = await _until_written(write, (etcd.Refused,))
     await peer.start(leader)
     await peer.answers(leader)
     return took

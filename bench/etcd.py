@@ -15,19 +15,21 @@ from typing import Any
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would say at every child process that it cannot help
 
-import grpc
-import grpc.aio
+import grpc  # type: ignore[import-untyped]
+import grpc.aio  # type: ignore[import-untyped]
 
 from flynn.identity.authority import ClusterCA
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
 START_SECONDS = 30.0
 
+Refused: type[Exception] = grpc.aio.AioRpcError
+
 Call = Any  # grpc has no types
 
 
 class Cluster:
-    """Three members, each of which can be killed and started again. Heartbeat (100 ms) and election (1 s) by default."""
+    """Three members, each of which can be killed and started again. Heartbeat 100 ms and election 1 s by default."""
 
     def __init__(self, directory: Path, addresses: Sequence[str], ca: ClusterCA) -> None:
         self.addresses, self._directory = addresses, directory

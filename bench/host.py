@@ -57,7 +57,7 @@ def rows() -> list[Row]:
     try:
         image = busybox_image(work, {"lines": _lines()})
         with ExitStack() as undo:
-            machine = TestMachine(work / "node", image, number=9)
+            machine = TestMachine(work / "node", image, number=90)
             machine.directory.mkdir()
             undo.callback(machine.remove)
             machine.plug_in()

@@ -24,7 +24,9 @@ def ip(*arguments: str, netns: str = "") -> str:
 
 
 class Machine:
-    """One namespace. `address` is its external IP on the common bridge."""
+    """One namespace. `address` is its external IP on the common bridge, `output` where the processes' logs go."""
+
+    output: int | None = None
 
     def __init__(self, number: int, directory: Path, ca: ClusterCA) -> None:
         self.netns = f"{PREFIX}m{number}"
@@ -42,6 +44,7 @@ class Machine:
         process = await asyncio.create_subprocess_exec(
             "ip", "netns", "exec", self.netns, sys.executable, "-m", module, *arguments,
             env={"PATH": os.environ["PATH"], "EXTERNAL_IP": self.address, "PYTHONPATH": os.getcwd(), **(environ or {})},
+            stdout=self.output,
         )  # fmt: skip
         try:
             yield process
