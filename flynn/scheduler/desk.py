@@ -30,6 +30,9 @@ class Timer(StrEnum):
     CHECK = "check"  # a host under suspicion is probed again
     SUCCESSOR = "successor"  # a host has had its time to bring a job back
     SWEEP = "sweep"
+    STEADY = "steady"  # a host may have been well for long enough to have jobs moved to it
+    BALANCE = "balance"  # a job may be moved
+    MOVE = "move"  # a move should be over
 
 
 class Desk:
@@ -47,6 +50,7 @@ class Desk:
         self._actions: list[Action] = []
         self._due: list[tuple[datetime, int, Timer, str]] = []
         self._timer_count = 0
+        self._armed: set[Timer] = set()
 
     def ask(self, action: Action) -> None:
         """Have the shell do something, after this step."""
@@ -81,6 +85,12 @@ class Desk:
         self._timer_count += 1
         heapq.heappush(self._due, (due, self._timer_count, kind, id))
 
+    def arm(self, due: datetime, kind: Timer) -> None:
+        """Like `at`, unless this kind is armed already."""
+        if kind not in self._armed:
+            self._armed.add(kind)
+            self.at(due, kind)
+
     def next_due(self) -> datetime | None:
         return self._due[0][0] if self._due else None
 
@@ -88,4 +98,5 @@ class Desk:
         """Yield what is due, timers set meanwhile included."""
         while self._due and self._due[0][0] <= now:
             _, _, kind, id = heapq.heappop(self._due)
+            self._armed.discard(kind)
             yield kind, id

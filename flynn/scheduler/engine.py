@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from typing import assert_never
 
 from flynn.scheduler import job_state, records
+from flynn.scheduler.balance import Balance
 from flynn.scheduler.desk import Chance, Desk, Timer
 from flynn.scheduler.events import (
     Action,
@@ -77,6 +78,7 @@ class Engine:
         self._jobs = JobBook(self._desk, self._volumes, self._readiness, self._restarts, self._formations)
         self._hosts = HostWatch(self._desk, self._jobs)
         self._placing = Placing(self._desk, self._jobs, self._volumes, self._restarts)
+        self._balance = Balance(self._desk, self._jobs, self._placing)
         self._awaited: set[str] = set()  # what has to be listed before a new leader acts, but for the jobs of hosts
         self._records: RecordsListed | None = None
 
@@ -98,6 +100,7 @@ class Engine:
             if self._records is not None:
                 listed, self._records = self._records, None
                 records.compare(self._desk, listed, now)
+            self._balance.go_on(now)
             self._reconcile(now)
             self._placing.place(now)
         return self._desk.take_actions()
@@ -116,7 +119,7 @@ class Engine:
             case LeadershipChanged(leader):
                 self._lead(now) if leader else self._follow()
             case HostSeen():
-                self._hosts.seen(event)
+                self._hosts.seen(event, now)
             case HostGone(host):
                 self._hosts.gone(host, now)
             case HostChecked(host, alive):
@@ -189,7 +192,7 @@ class Engine:
         self._awaited |= {FORMATIONS, RECORDS}
         self._hosts.unlisted.update(dict.fromkeys(self.world.hosts))
         self._desk.mark_all()
-        self._desk.at(now + SWEEP_EVERY, Timer.SWEEP)
+        self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)
         self._desk.ask(Resync())
         log.info("leading", extra={"hosts": len(self.world.hosts), "formations": len(self.world.formations)})
 
@@ -208,6 +211,7 @@ class Engine:
         self._desk.starting.clear()
         self._jobs.forget_requests()
         self._restarts.forget()
+        self._balance.forget()
         self._awaited.clear()
 
     # Decisions
@@ -225,7 +229,7 @@ class Engine:
         formation = self.world.formations.get(key)
         if formation is None:
             return
-        for decision in reconcile(formation, self.world.jobs_of(key), self.world.hosts):
+        for decision in reconcile(formation, self.world.jobs_of(key), self.world.hosts, self._balance.extra(key)):
             match decision:
                 case Create(type, count):
                     self._placing.create(formation, type, count - self._restarts.awaited(key, type, now), now)
@@ -235,6 +239,7 @@ class Engine:
                     self._desk.ask(CompleteScaleRequest(key, request))
                     self.world.formations[key] = replace(formation, scale_request=None)
         self._restarts.settled(formation)
+        self._balance.look_at(key, now)
 
     def _fire(self, kind: Timer, id: str, now: datetime) -> None:
         match kind:
@@ -246,6 +251,13 @@ class Engine:
                 self._hosts.check_again(HostID(id))
             case Timer.SUCCESSOR:
                 self._restarts.give_up_successors(now)
+            case Timer.STEADY:
+                self._desk.mark_all()
+            case Timer.BALANCE:
+                if self.leader:
+                    self._balance.begin(now) if self.settled else self._balance.again(now)
+            case Timer.MOVE:
+                pass  # `step` looks at all moves
             case Timer.SWEEP:
                 self._sweep(now)
             case _:
@@ -255,6 +267,7 @@ class Engine:
         self.world.prune(now)
         self._formations.prune()
         self._restarts.prune()
+        self._balance.prune(now)
         self._desk.mark_all()
         if self.leader:
-            self._desk.at(now + SWEEP_EVERY, Timer.SWEEP)
+            self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 FAILED_CHECKS = 3  # in a row, when discoverd has given the host up as well: then its jobs are replaced
 FAILED_CHECKS_LISTED = 30  # while discoverd still lists it: its daemon may just be restarting, and its jobs run on
 CHECK_EVERY = timedelta(milliseconds=500)
+STEADY = timedelta(seconds=30)  # so long a host has to have been well before jobs are moved to it
 
 
 class HostWatch:
@@ -27,15 +28,16 @@ class HostWatch:
         self._jobs = jobs
         self._checking: set[HostID] = set()
 
-    def seen(self, event: HostSeen) -> None:
+    def seen(self, event: HostSeen, now: datetime) -> None:
         """discoverd lists the host."""
         known = self._world.hosts.get(event.host)
         if known is None:
             if event.shutting_down:
                 return
-            self._world.hosts[event.host] = Host(event.host, dict(event.tags))
+            self._world.hosts[event.host] = Host(event.host, dict(event.tags), steady_since=now)
             self.unlisted[event.host] = None
             self._desk.ask(FollowHost(event.host))
+            self._desk.at(now + STEADY, Timer.STEADY)
             log.info("host up", extra={"host": event.host})
             self._changed()
             return
@@ -46,12 +48,14 @@ class HostWatch:
             healthy=True,
             failed_checks=0,
             listed=True,
+            steady_since=known.steady_since if known.takes_jobs and not event.shutting_down else now,
         )
         self._world.hosts[event.host] = host
         if host.tags != known.tags:
             log.info("host tags changed", extra={"host": event.host, "from": known.tags, "to": host.tags})
         if host.tags != known.tags or host.shutting_down != known.shutting_down or not known.healthy:
             self._changed()
+            self._desk.at(now + STEADY, Timer.STEADY)
 
     def gone(self, id: HostID, now: datetime) -> None:
         """discoverd does not list it any more."""
@@ -89,7 +93,8 @@ class HostWatch:
         if host is None or host.healthy:
             return
         if alive:
-            self._world.hosts[id] = replace(host, healthy=True, failed_checks=0)
+            self._world.hosts[id] = replace(host, healthy=True, failed_checks=0, steady_since=now)
+            self._desk.at(now + STEADY, Timer.STEADY)
             self._changed()
             return
         failed = host.failed_checks + 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
@@ -21,6 +21,8 @@ JobID = NewType("JobID", str)  # the UUID; a host calls the job `<host id>-<uuid
 VolumeID = NewType("VolumeID", str)
 RouterID = NewType("RouterID", str)
 Tags = Mapping[str, str]
+
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class FormationKey(NamedTuple):
@@ -71,6 +73,11 @@ class Host:
     failed_checks: int = 0
     shutting_down: bool = False
     listed: bool = True  # discoverd has it
+    steady_since: datetime = LONG_AGO  # when it was seen first, or was well again, as far as this scheduler has seen it
+
+    @property
+    def takes_jobs(self) -> bool:
+        return self.healthy and self.listed and not self.shutting_down
 
     def fits(self, wanted: Tags) -> bool:
         """Whether the host carries all wanted tags; none wanted fits every host."""

@@ -32,25 +32,34 @@ class Placing:
     def create(self, formation: Formation, type: str, count: int, now: datetime) -> None:
         """Make jobs that wait to be placed. Those that replace ended ones go on with their counts."""
         ended = self._restarts.pending(formation.key, type)
-        args = tuple(formation.process(type).args)
         for index in range(count):
-            restart = ended[index] if index < len(ended) else None
-            run_at = now + restart.delay if restart is not None and restart.delay else None
-            job = Job(
-                id=JobID(self._desk.new_id()),
-                app=formation.app.id,
-                release=formation.release.id,
-                type=type,
-                state=JobState.PENDING,
-                created_at=now,
-                args=args,
-                restarts=restart.restarts if restart is not None else 0,
-                run_at=run_at,
-            )
+            job = self._new(formation, type, now)
+            run_at = None
+            if index < len(ended):
+                run_at = now + ended[index].delay if ended[index].delay else None
+                job = replace(job, restarts=ended[index].restarts, run_at=run_at)
             self._world.put_job(job)
             self._desk.to_place[job.id] = None
             if run_at is not None:
                 self._desk.ask(PersistJob(job))
+
+    def create_on(self, host: Host, formation: Formation, type: str, now: datetime) -> JobID:
+        """Have one job more started, on a host that has been chosen. Its type has no volumes."""
+        job = self._new(formation, type, now)
+        self._world.put_job(job)
+        self.start(formation, job, placement.Chosen(host), now)
+        return job.id
+
+    def _new(self, formation: Formation, type: str, now: datetime) -> Job:
+        return Job(
+            id=JobID(self._desk.new_id()),
+            app=formation.app.id,
+            release=formation.release.id,
+            type=type,
+            state=JobState.PENDING,
+            created_at=now,
+            args=tuple(formation.process(type).args),
+        )
 
     def place(self, now: datetime) -> None:
         """Find hosts for the jobs that may be started now."""

@@ -34,8 +34,16 @@ class CompleteScale:
 Decision = Create | Stop | CompleteScale
 
 
-def reconcile(formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID, Host]) -> list[Decision]:
-    """Return what has to happen so that `jobs`, which are all of this formation, become what it asks for."""
+NO_EXTRA: Mapping[str, int] = {}
+
+
+def reconcile(
+    formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID, Host], extra: Mapping[str, int] = NO_EXTRA
+) -> list[Decision]:
+    """Return what has to happen so that `jobs`, which are all of this formation, become what it asks for.
+
+    `extra`: how many jobs of a type are to be there on top of that for now, because they take the place of others.
+    """
     by_type: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         if job.in_formation and job.type and job.state.counts:
@@ -50,7 +58,7 @@ def reconcile(formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID
         stops = misplaced(formation, type, present, hosts)
         stopped = {stop.job for stop in stops}
         left = [job for job in present if job.id not in stopped]
-        difference = targets.get(type, 0) - len(left)
+        difference = targets.get(type, 0) + extra.get(type, 0) - len(left)
         if difference > 0:
             decisions.append(Create(type, difference))
         elif difference < 0:
@@ -96,20 +104,37 @@ def choose_to_stop(jobs: Iterable[Job], count: int, hosts: Mapping[HostID, Host]
     """The `count` jobs whose end does least harm.
 
     Those that do not run yet come first, then those on hosts that are going away anyway, then the ones still
-    starting, then running ones; among equals the newest.
+    starting, then running ones; among these one on the host that has most of them, so that what stays is spread; among
+    equals the newest.
     """
 
-    def harm(job: Job) -> tuple[int, float]:
+    def harm(job: Job) -> int:
         host = hosts.get(job.host) if job.host else None
         if job.state in (JobState.PENDING, JobState.BLOCKED):
-            rank = 0
-        elif host is not None and host.shutting_down:
-            rank = 1
-        else:
-            rank = 2 if job.state is JobState.STARTING else 3
-        return rank, _newest_first(job)
+            return 0
+        if host is not None and host.shutting_down:
+            return 1
+        return 2 if job.state is JobState.STARTING else 3
 
-    return sorted((job for job in jobs if job.state.counts), key=harm)[:count]
+    ranks: dict[int, list[Job]] = defaultdict(list)
+    for job in jobs:
+        if job.state.counts:
+            ranks[harm(job)].append(job)
+    chosen: list[Job] = []
+    for rank in sorted(ranks):
+        candidates = sorted(ranks[rank], key=_newest_first)
+        chosen += candidates if rank < 3 else _levelled(candidates)
+    return chosen[:count]
+
+
+def _levelled(jobs: Iterable[Job]) -> list[Job]:
+    """In which order to stop running jobs, the newest given first: always one of the fullest host next."""
+    behind: Counter[HostID | None] = Counter()
+    order = []
+    for job in reversed(list(jobs)):
+        behind[job.host] += 1
+        order.append((-behind[job.host], job))  # it goes when so many are left on its host
+    return [job for _, job in sorted(reversed(order), key=lambda item: item[0])]
 
 
 def _newest_first(job: Job) -> float:

@@ -94,6 +94,7 @@ class Simulation:
         self.serving: set[JobID] = set()
         self.completed: list[str] = []
         self.versions = 0
+        self.starts = 0
 
     def new_id(self) -> str:
         self.ids += 1
@@ -132,6 +133,8 @@ class Simulation:
         for action in self.engines[n].step([event], self.now):
             self.perform(n, action)
         assert sum(1 for engine in self.engines if engine.leader) <= 1
+        if self.engines[n].leader and self.engines[n].settled:
+            self.check_counts(self.engines[n])
 
     def tell(self, event: Event, n: int | None = None) -> None:
         """To one scheduler or to all; under bad weather late and twice."""
@@ -145,6 +148,7 @@ class Simulation:
         match action:
             case StartJob(job, _, volumes):
                 assert engine.leader, "only the leader starts jobs"
+                self.starts += 1
                 self.at(self.delay(), lambda: self.start_job(n, job, volumes))
             case StopJob(job, host):
                 assert engine.leader, "only the leader stops jobs"
@@ -287,6 +291,13 @@ class Simulation:
             if host.id in engine.world.hosts:
                 self.at(self.delay(), lambda n=n: self.list_host(n, host.id))  # type: ignore[misc]
 
+    def drain(self, host: SimHost, draining: bool) -> None:
+        for n in range(len(self.engines)):
+            self.step(n, HostSeen(host.id, {}, shutting_down=draining))
+        if draining:
+            for job in host.active():
+                self.at(self.random.uniform(0, 5), lambda id=job.id: self.end_job(host, id))  # type: ignore[misc]
+
     def storm(self, seconds: float) -> None:
         end = self.now + timedelta(seconds=seconds)
         while self.now < end:
@@ -327,6 +338,16 @@ class Simulation:
 
     # What must hold in the end
 
+    def check_counts(self, engine: Engine) -> None:
+        """A leader that has decided has asked for what is wanted and for one to move, whatever has happened before."""
+        hosts = list(engine.world.hosts.values())
+        for key, formation in engine.world.formations.items():
+            targets = formation.targets(hosts)
+            surplus = Counter(job.type for job in engine.world.jobs_of(key) if job.type and job.state.counts)
+            surplus.subtract(targets)
+            assert max(surplus.values(), default=0) <= 1, f"{key}: {surplus} more than wanted"
+            assert sum(count for count in surplus.values() if count > 0) <= 1, f"{key}: {surplus} more than wanted"
+
     def check(self) -> None:
         running: Counter[tuple[str, str]] = Counter()
         for host in self.hosts.values():
@@ -346,6 +367,10 @@ class Simulation:
         for host in self.hosts.values():
             agents = Counter(job.app for job in host.active() if job.type == "agent")
             assert all(count == 1 for count in agents.values()), "one agent on each host"
+        for app, formation in self.formations.items():
+            for type in ("web", "worker"):
+                load = [sum(1 for job in h.active() if (job.app, job.type) == (app, type)) for h in self.hosts.values()]
+                assert max(load) - min(load) <= 1, f"{formation.wanted[type]} of {type} are spread as {load}"
         alive = {job.id for host in self.hosts.values() for job in host.active()}
         books = {record.id for record in self.books.values() if record.state != "down"}
         assert books == alive, "the books say what runs"
