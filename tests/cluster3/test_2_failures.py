@@ -13,6 +13,7 @@ from tests.cluster.lab.user import eventually
 
 pytestmark = pytest.mark.cluster3
 
+LEVELLED_SECONDS = 120  # from then on until every node has its share again
 REPLACED_SECONDS = 12  # from power-off until the node's stateless jobs run elsewhere
 
 
@@ -117,4 +118,11 @@ def test_a_node_without_power_is_replaced_and_comes_back(three: Lab, user: TrioU
     user.enter_through(three.nodes[0])
     eventually(lambda: whole(three, user), 180)
     print(f"whole {time.monotonic() - began:.1f} s after the power came back")
+    with three.asking() as answers:
+        eventually(lambda: user.up() == {"node1": 2, "node2": 2, "node3": 2}, LEVELLED_SECONDS)
+        print(f"two jobs on each node after {time.monotonic() - began:.1f} s")
+        for member in three.nodes:
+            eventually(lambda member=member: len(three.answering(member)) == 6, 30)  # type: ignore[misc]
+    print(f"requests meanwhile: {dict(answers)}")
+    assert answers["answered"] and not answers["failed"]
     assert seconds <= REPLACED_SECONDS
