@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from tests.cluster.lab import hosts_file, node
 from tests.cluster.lab.layout import Node, names, nodes
@@ -76,6 +80,27 @@ class Lab:
             capture_output=True, text=True, timeout=20, check=False,
         )  # fmt: skip
         return done.stdout if done.returncode == 0 else None
+
+    @contextmanager
+    def asking(self) -> Iterator[Counter[str]]:
+        """Ask for the app through every router while the block runs: how often it was answered, and how often not."""
+        counted: Counter[str] = Counter()
+        counting, done = threading.Lock(), threading.Event()
+
+        def ask(router: Node) -> None:
+            while not done.is_set():
+                answer = "answered" if self.get(router) is not None else "failed"
+                with counting:
+                    counted[answer] += 1
+
+        with ThreadPoolExecutor(len(self.nodes)) as threads:
+            asked = [threads.submit(ask, router) for router in self.nodes]
+            try:
+                yield counted
+            finally:
+                done.set()
+                for one in asked:
+                    one.result(timeout=30)
 
     def answering(self, router: Node, requests: int = 40) -> Counter[str]:
         """Which jobs of the app answer through a router; every request must be answered."""
