@@ -86,7 +86,7 @@ class Scene:
         jobs = [job for job in cluster.all_jobs() if (job.app, job.type) == (APP, "web")]
         if len(jobs) < JOBS:
             return f"{len(jobs)} jobs of the app on the nodes that are left"
-        if problem := cluster.requests.failing(last=12) or cluster.writes.failing():
+        if problem := cluster.requests.failing(last=12) or cluster.writes.failing(time.monotonic() - 2):
             return problem
         return next(filter(None, map(cluster.unwritable, cluster.lit)), "")
 

@@ -123,15 +123,20 @@ class Cluster:
             return f"{type(error).__name__} {error}" if not isinstance(error, NoAnswer) else str(error)
 
     def _reasons(self) -> Iterator[str]:
+        began = time.monotonic()
         yield from (f"{member.id} is off" for member in self.members if node.init_pid(member) is None)
         yield from self._members_out_of_place()
-        yield from filter(None, [self.requests.failing(), self.writes.failing()])
+        yield from filter(None, [self.requests.failing(), self.writes.failing(began - 2)])
         yield from self._database_alone()
         yield from self._status_unhealthy()
         yield from self._counts_wrong()
         yield from self._directory_silent()
         yield from self._jobs_not_routed()
         yield from self._nothing_new_runs()
+        # That took a while, and what was just broken may not have been noticed when it began.
+        yield from filter(None, [self.requests.failing(), self.writes.failing(began)])
+        yield from self._database_alone()
+        yield from self._status_unhealthy()
 
     def _members_out_of_place(self) -> Iterator[str]:
         standings = {member: self.standing(member) for member in self.members}

@@ -13,6 +13,7 @@ import select
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 from dnslib import DNSRecord
@@ -51,8 +52,8 @@ class WriteWitness:
 
     def start(self) -> None:
         """Make the table, then write. Raises Refused."""
-        Client(self._members[0], self._credentials).run(
-            "CREATE TABLE IF NOT EXISTS drill (writer text, n bigint, PRIMARY KEY (writer, n))"
+        self._once(
+            self._members[0], "CREATE TABLE IF NOT EXISTS drill (writer text, n bigint, PRIMARY KEY (writer, n))"
         )
         for thread in self._threads:
             thread.start()
@@ -62,13 +63,13 @@ class WriteWitness:
         for thread in self._threads:
             thread.join(WRITE_SECONDS + CONNECT_SECONDS + 5)
 
-    def failing(self, seconds: float = 2) -> str:
-        """Whose writes have not been confirmed for so long, and why; nothing if all are."""
+    def failing(self, since: float) -> str:
+        """Where no write has been confirmed since then, and why; nothing if some have been everywhere."""
         for member in self._members:
             if member in self.dark:
                 continue
             confirmed = self._confirmed[member]
-            if not confirmed or time.monotonic() - confirmed[-1][1] > seconds:
+            if not confirmed or confirmed[-1][1] < since:
                 return f"the database, from {member.id}: {self._reason[member] or 'no answer'}"
         return ""
 
@@ -87,7 +88,7 @@ class WriteWitness:
             counted = {member: [n for n, _ in self._confirmed[member]] for member in self._members}
             lit = [member for member in self._members if member not in self.dark]
             try:
-                rows = Client(lit[0], self._credentials).run("SELECT writer, n FROM drill")
+                rows = self._once(lit[0], "SELECT writer, n FROM drill")
                 break
             except Refused:
                 if time.monotonic() > deadline:
@@ -95,6 +96,11 @@ class WriteWitness:
                 time.sleep(AGAIN_SECONDS)
         present = {(writer, int(n)) for writer, n in rows}
         return sum((member.id, n) not in present for member, numbers in counted.items() for n in numbers)
+
+    def _once(self, member: Node, statement: str) -> list[tuple[str, ...]]:
+        """One statement on a connection of its own, by a thread of its own."""
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: Client(member, self._credentials).run(statement)).result()
 
     def _write(self, member: Node) -> None:
         client: Client | None = None

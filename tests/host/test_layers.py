@@ -62,7 +62,6 @@ def store(tmp_path: Path, tasks: TaskSet, *mounted: str) -> LayerStore:
     )
 
 
-@pytest.mark.parametrize("again", ["the same daemon", "the next daemon"])
 async def test_a_layer_comes_from_another_file_system(tmp_path: Path, tasks: TaskSet) -> None:
     with tempfile.NamedTemporaryFile(dir="/dev/shm", suffix=".squashfs") as source:
         source.write(CONTENT)
@@ -72,6 +71,7 @@ async def test_a_layer_comes_from_another_file_system(tmp_path: Path, tasks: Tas
         assert (await store(tmp_path, tasks).ensure(spec)).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("again", ["the same daemon", "the next daemon"])
 async def test_a_layer_changed_after_its_import_is_refused(
     again: str, tmp_path: Path, tasks: TaskSet, source: Path, spec: Mountspec
 ) -> None:
