@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 
@@ -32,14 +32,20 @@ class ConfigError(Exception):
     """The process cannot start as configured; the message names the variable or flag."""
 
 
-def run(component: str, service: ServiceFactory, *, grace: timedelta = GRACE) -> None:
-    """Be the daemon `component` until SIGINT or SIGTERM. Exit code 0 after an orderly exit, 1 after a failure."""
+def run(
+    component: str, service: ServiceFactory, *, grace: timedelta = GRACE, making_way: asyncio.Event | None = None
+) -> None:
+    """Be the daemon `component` until SIGINT or SIGTERM. Exit code 0 after an orderly exit, 1 after a failure.
+
+    A daemon that sets `making_way` is left like one that is asked to stop, and this function returns: the caller lets
+    another program have the process.
+    """
     global _notify_socket
     configure(component)
     # Taken out of the environment: what this process starts must not speak for it.
     _notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
     try:
-        _run_loop(service, grace)
+        _run_loop(service, grace, making_way)
     except ConfigError as error:
         sys.exit(f"{component}: {error}")
     except BaseException as error:
@@ -50,6 +56,11 @@ def run(component: str, service: ServiceFactory, *, grace: timedelta = GRACE) ->
                 sys.exit(f"{component}: {cause}")
         log.critical("the daemon failed", exc_info=error)
         sys.exit(1)
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for the program that takes this process over: it may speak to systemd in our place."""
+    return {**inherited, "NOTIFY_SOCKET": _notify_socket} if _notify_socket else dict(inherited)
 
 
 def notify(state: str) -> None:
@@ -64,11 +75,11 @@ def notify(state: str) -> None:
             log.warning("systemd not told", extra={"state": state, "error": str(error)})
 
 
-def _run_loop(service: ServiceFactory, grace: timedelta) -> None:
+def _run_loop(service: ServiceFactory, grace: timedelta, making_way: asyncio.Event | None) -> None:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(service(), grace=grace))
+        runner.run(serve(service(), grace=grace, making_way=making_way))
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -77,8 +88,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-async def serve(service: AbstractAsyncContextManager[object], *, grace: timedelta) -> None:
-    """Run until SIGINT or SIGTERM, then allow `grace` for an orderly exit.
+async def serve(
+    service: AbstractAsyncContextManager[object], *, grace: timedelta, making_way: asyncio.Event | None = None
+) -> None:
+    """Run until SIGINT or SIGTERM (or until the service makes way), then allow `grace` for an orderly exit.
 
     The service is entered and left by this one task, so that a task group inside it can interrupt the wait.
     """
@@ -104,11 +117,29 @@ async def serve(service: AbstractAsyncContextManager[object], *, grace: timedelt
                 # What lived through the start is permanent; the collector need not visit it again.
                 gc.collect()
                 gc.freeze()
-                await stop.wait()
-                log.info("stopping")
-                notify("STOPPING=1")
+                if await _first(stop, making_way) is stop:
+                    log.info("stopping")
+                    notify("STOPPING=1")
+                else:
+                    log.info("making way")
+                    notify("RELOADING=1")  # READY=1 of the successor ends it
             finally:
                 deadline.reschedule(loop.time() + grace.total_seconds())
     except asyncio.CancelledError:
         if not stop.is_set() or ready:
             raise
+
+
+async def _first(stop: asyncio.Event, making_way: asyncio.Event | None) -> asyncio.Event:
+    """Wait for either event; `stop` wins."""
+    if making_way is None:
+        await stop.wait()
+        return stop
+    loop = asyncio.get_running_loop()
+    waits = [loop.create_task(event.wait()) for event in (stop, making_way)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return stop if stop.is_set() else making_way

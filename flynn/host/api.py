@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -24,6 +24,7 @@ from flynn.types.host import (
     ActiveJob,
     AttachReq,
     DiscoverdConfig,
+    HostCommand,
     HostJob,
     HostStatus,
     NetworkConfig,
@@ -64,10 +65,11 @@ class HostApi:
         sinks: Sinks,
         joining: Joining,
         releases: Releases,
+        update: Callable[[HostCommand], Awaitable[HostCommand]],
     ) -> None:
         self._node, self._book, self._runner = node, book, runner
         self._attachments, self._volumes, self._sinks = attachments, volumes, sinks
-        self._joining, self._releases = joining, releases
+        self._joining, self._releases, self._update = joining, releases, update
 
     def api(self) -> Api:
         """Return the table of endpoints."""
@@ -84,6 +86,7 @@ class HostApi:
         api.route("POST", "/host/network", self._configure_network, allow=NETWORKERS)
         api.route("POST", "/host/resource-check", self._resource_check, allow=OPERATORS)
         api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
+        api.route("POST", "/host/update", self._update_daemon, allow=HOSTS)
         api.route("POST", "/host/pull/images", self._pull_images, allow=HOSTS)
         api.route("POST", "/host/drain", self._drain, allow=HOSTS)
         api.route("POST", "/host/tokens", self._create_token, allow=HOSTS)
@@ -171,6 +174,9 @@ class HostApi:
 
     async def _set_tags(self, request: Request) -> None:
         await self._node.set_tags(await request.body(dict[str, str]))
+
+    async def _update_daemon(self, request: Request) -> HostCommand:
+        return await self._update(await request.body(HostCommand))
 
     async def _drain(self, request: Request) -> None:
         await self._node.set_draining((await request.body(Drain)).draining)

@@ -18,6 +18,7 @@ from flynn.types.host import (
     AttachFlag,
     AttachReq,
     DiscoverdConfig,
+    HostCommand,
     HostJob,
     HostStatus,
     ImagePullInfo,
@@ -32,6 +33,7 @@ from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeEvent, Volume
 DEFAULT_PROVIDER = "default"
 STOP_SECONDS = 60.0  # a job gets 30 s between SIGTERM and SIGKILL, and its cleaning up takes a moment
 DEREGISTER_SECONDS = 15.0
+UPDATE_SECONDS = 45.0  # a new program has 30 s to prove itself
 
 
 class Attachment:
@@ -183,6 +185,15 @@ class HostClient:
     async def drain(self, *, draining: bool = True) -> None:
         """Get no new jobs from the scheduler (and give up the platform's own), or get them again."""
         await self._http.post("/host/drain", {"draining": draining})
+
+    async def update(self, command: HostCommand) -> HostCommand:
+        """Have another program take the daemon's place; returns once it has proved itself, a moment before it does.
+
+        The status tells afterwards how it went. Raises `PreconditionFailed` when the program does not prove itself.
+        """
+        answer = await self._http.call("POST", "/host/update", command, answer=HostCommand, timeout=UPDATE_SECONDS)
+        assert answer is not None
+        return answer
 
     async def resource_check(self, ports: Sequence[ResourceCheckPort]) -> None:
         """Check that ports are free on the host. Raises `Conflict` whose detail lists those that are not."""

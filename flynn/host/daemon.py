@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,6 +41,7 @@ from flynn.host.runtime.runtime import Runtime
 from flynn.host.runtime.scratch import ScratchPool
 from flynn.host.state import StateInUse, StateStore
 from flynn.host.supervision import Machine
+from flynn.host.update import Update
 from flynn.host.volumes.book import VolumeBook
 from flynn.host.volumes.directory import DirectoryProvider
 from flynn.host.volumes.provider import VolumeProvider
@@ -55,10 +57,11 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 DISCOVERD_ZONE = ".discoverd"
+LINGER = 0.15  # seconds for a connection accepted last to send its request
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[None]:
+async def running(config: Config, update: Update) -> AsyncIterator[None]:
     """Be the host: restore what ran, serve the API, follow the cluster."""
     clock = SystemClock()
     key = _admin_key(config)
@@ -119,7 +122,7 @@ async def running(config: Config) -> AsyncIterator[None]:
             new_job_id=lambda: f"{config.id}-{_new_id()}",
         )
         runner = JobRunner(machine, tasks)
-        node = Node(config, store, network, discovery, volumes, identity, BOOT_ID.read_text().strip())
+        node = Node(config, store, network, discovery, volumes, identity, BOOT_ID.read_text().strip(), update)
         sinks = Sinks(
             host_id=config.id,
             store=store,
@@ -135,7 +138,7 @@ async def running(config: Config) -> AsyncIterator[None]:
         await node.restore(living)
         await discovery.begin_with(config.peer_ips)
         runner.go_on(node.slots)
-        if config.force:
+        if config.force and not update.inherited:  # an update leaves jobs alone, whatever the flags say
             for job_id in living:
                 tasks.start(f"stop {job_id}", runner.stop(job_id))
         sinks.restore()
@@ -162,6 +165,7 @@ async def running(config: Config) -> AsyncIterator[None]:
             http_port=config.http_port,
         )
         host_api = HostApi(
+            update=lambda command: update.ask(command, config.flags, clock),
             node=node,
             book=book,
             runner=runner,
@@ -173,13 +177,26 @@ async def running(config: Config) -> AsyncIterator[None]:
         )
         api = host_api.api()
         outside = config.listen_ip or str(config.external_ip)
-        await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key))
+        inside = _listener(update, "loopback", LOOPBACK, config.http_port)
+        await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key, sock=inside, linger=LINGER))
         if outside != LOOPBACK:
             # Who wants to join has no certificate yet; every other endpoint asks for one by itself.
-            await stack.enter_async_context(listen(api, outside, config.http_port, tls=identity, require_client=False))
+            tls_socket = _listener(update, "outside", outside, config.http_port)
+            listener = listen(
+                api, outside, config.http_port, tls=identity, require_client=False, sock=tls_socket, linger=LINGER
+            )
+            await stack.enter_async_context(listener)
         stack.callback(host_api.hang_up)
+        update.ready()
         log.info("host up", extra={"id": config.id, "address": outside, "jobs": len(living)})
         yield
+
+
+def _listener(update: Update, name: str, host: str, port: int) -> socket.socket:
+    try:
+        return update.listeners.open(name, host, port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
 
 
 def _admin_key(config: Config) -> str:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flynn.host.config import CONFIG_DIR, HTTP_PORT, LOG_DIR, STATE_DIR
 from flynn.host.jobs.partitions import DEFAULT_PARTITIONS
 from flynn.version import VERSION
+
+if TYPE_CHECKING:
+    from flynn.host.update import Update
 
 COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
@@ -106,33 +110,80 @@ def daemon(ctx: click.Context, /, **options: Any) -> None:
     from flynn.host.config import configured
     from flynn.host.daemon import running
 
-    config = configured(options, _flags(ctx))
-    process.run("flynn-host", lambda: running(config), grace=timedelta(seconds=20))
+    start: DaemonStart = ctx.find_root().meta["flynn.start"]
+    config = configured(options, start.flags)
+    if start.trial is not None:
+        from flynn.host.trial import prove
+
+        prove(config, start.trial)
+        return
+    update = start.update
+    update.watch_the_start()
+    try:
+        process.run(
+            "flynn-host",
+            lambda: running(config, update),
+            grace=timedelta(seconds=20),
+            making_way=update.making_way,
+        )
+    finally:
+        if update.asked:  # also when leaving went wrong: the new program was promised
+            update.become()
 
 
-def _flags(ctx: click.Context) -> list[str]:
-    """The command line after `daemon`, without what host.json has added."""
-    given: list[str] = ctx.find_root().meta.get("flynn.flags", [])
-    return given
+@dataclass(frozen=True, slots=True)
+class DaemonStart:
+    """How a daemon was started, before its options were read."""
+
+    flags: list[str]  # the command line after `daemon`, without what host.json has added
+    update: Update
+    trial: int | None  # the descriptor to prove itself on, instead of serving
+
+    @classmethod
+    def read(cls, flags: list[str]) -> DaemonStart:
+        """Take what is meant for this process alone out of the environment."""
+        from flynn.daemon import environment
+        from flynn.host.handover import Handover
+        from flynn.host.update import TRIAL, Update, own_program
+
+        trial = os.environ.pop(TRIAL, "")
+        handover = Handover.take(os.environ)
+        called = own_program(sys.argv[0], sys.executable)
+        update = Update(called, ["daemon", *flags], dict(os.environ), handover, final_environment=environment)
+        return cls(flags, update, int(trial) if trial else None)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    args = sys.argv[1:]
+    if args[:1] == ["daemon"]:
+        start = DaemonStart.read(args[1:])
+        try:
+            _run(args, start)
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                start.update.go_back(f"its start failed: {error.code}")
+            raise
+        except Exception as error:  # The edge: whatever it is, the program before is to serve.
+            start.update.go_back(f"its start failed: {error!r}")
+            raise
+    else:
+        _run(args, None)
+
+
+def _run(args: list[str], start: DaemonStart | None) -> None:
     from flynn.daemon import ConfigError
     from flynn.host.config import read_host_file
     from flynn.types.errors import ApiError
 
-    args = sys.argv[1:]
     try:
-        flags: list[str] = []
-        if args[:1] == ["daemon"]:
+        if start is not None:
             # The file's arguments come first, so that the command line wins where both name an option.
-            flags = args[1:]
-            file = read_host_file(_config_dir(flags))
+            file = read_host_file(_config_dir(start.flags))
             os.environ.update(file.env)
-            args = ["daemon", *file.args, *flags]
+            args = ["daemon", *file.args, *start.flags]
         with cli.make_context("flynn-host", args) as context:
-            context.meta["flynn.flags"] = flags
+            context.meta["flynn.start"] = start
             cli.invoke(context)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -16,6 +16,7 @@ from flynn.host.discovery import Discovery
 from flynn.host.networking import NodeNetwork
 from flynn.host.services.announcement import Announcement
 from flynn.host.state import StateStore
+from flynn.host.update import Update
 from flynn.host.volumes.book import META_SNAPSHOT_OF, VolumeBook
 from flynn.http.client import HttpClient
 from flynn.identity import Identity
@@ -43,9 +44,11 @@ class Node:
         volumes: VolumeBook,
         identity: Identity,
         boot_id: str,
+        update: Update,
     ) -> None:
         self._config, self._store, self._network, self._discovery = config, store, network, discovery
         self._volumes, self._identity, self._boot_id = volumes, identity, boot_id
+        self._update = update
         self._tags = {**config.tags, **(store.setting("tags", dict[str, str]) or {})}
         self._tags = {key: value for key, value in self._tags.items() if value}
         self._draining = store.setting("draining", bool) or False
@@ -74,6 +77,7 @@ class Node:
             network=self._network.config,
             version=VERSION,
             flags=list(self._config.flags) or None,
+            update=self._update.last,
         )
 
     async def restore(self, living: set[str]) -> None:

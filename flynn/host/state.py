@@ -88,6 +88,27 @@ class _Request:
     done: asyncio.Future[None]
 
 
+def check(path: Path) -> None:
+    """Read everything in a state file that may be in use, changing nothing.
+
+    Raises:
+        sqlite3.Error, ApiError: this version cannot use it.
+    """
+    if not path.exists():
+        return
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as reader:
+        tables = {name for (name,) in reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for table, kind in (
+            ("jobs", ActiveJob),
+            ("volumes", VolumeInfo),
+            ("sinks", SinkInfo),
+            ("join_tokens", KeptToken),
+        ):
+            if table in tables:
+                for (record,) in reader.execute(f"SELECT record FROM {table}"):
+                    decode(record, kind)
+
+
 class StateStore:
     """The open file. Reading happens at the start and, for single retired jobs, through `retired_job`."""
 

@@ -308,7 +308,7 @@ class JobRun:
                 process_type=job.metadata.get(META_TYPE, ""),
                 job_id=self._id,
             )
-            capture = Capture(machine.logs, source)
+            capture = Capture(machine.logs, source, self._directory)
             capture.follow(container.stdout, container.stderr)
         live = LiveJob(job, container, capture, self.stop)
         machine.live.born(live)

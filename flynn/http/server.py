@@ -266,10 +266,16 @@ class Api:
 
     # The rest turns aiohttp requests into Requests and what handlers return or raise into responses.
 
-    def _application(self, key: str | None, pending: set[asyncio.Task[Any]]) -> web.Application:
+    def _application(self, key: str | None, pending: set[asyncio.Task[Any]], leaving: asyncio.Event) -> web.Application:
         application = web.Application(
             client_max_size=1 << 62, middlewares=[web.middleware(self._unknown_is_404(key))], handler_args={}
         )
+
+        async def say_goodbye(request: web.Request, response: web.StreamResponse) -> None:
+            if leaving.is_set():
+                response.force_close()  # the connection is about to end: no further request is to be sent on it
+
+        application.on_response_prepare.append(say_goodbye)
         for endpoint in self.endpoints:
             application.router.add_route(
                 endpoint.method, endpoint.path, self._adapter(endpoint, key, pending), expect_handler=_no_continue_limit
@@ -511,6 +517,7 @@ async def listen(
     require_client: bool = True,
     key: str | None = None,
     sock: Any = None,
+    linger: float = 0.0,
 ) -> AsyncIterator[tuple[str, int]]:
     """Serve `api` while the block is open; gives the bound address (`port` 0 picks one).
 
@@ -519,13 +526,15 @@ async def listen(
         require_client: refuse connections without a client certificate; turn off only for endpoints of `ANYONE`.
         key: the admin key of a plain listener on loopback; callers that know it are the operator.
         sock: an already listening socket, instead of host and port.
+        linger: seconds at the end in which nothing new is accepted, but answered what has been, saying goodbye.
     """
     if tls is None and key is None and host not in ("127.0.0.1", "::1", "localhost"):
         raise ValueError("plain HTTP without a key is for loopback only")
     pending: set[asyncio.Task[Any]] = set()
+    leaving = asyncio.Event()
     context = tls.server_context(require_client=require_client) if isinstance(tls, Identity) else tls
     runner = web.AppRunner(
-        api._application(key, pending),
+        api._application(key, pending, leaving),
         access_log=None,
         handler_cancellation=True,
         keepalive_timeout=180,
@@ -547,6 +556,10 @@ async def listen(
     finally:
         if renewal is not None:
             renewal.cancel()
+        if linger:
+            leaving.set()
+            await site.stop()
+            await asyncio.sleep(linger)
         await runner.cleanup()
         for task in pending:
             task.cancel()

@@ -126,6 +126,14 @@ class NetworkConfig(Wire):
     network: str = ""  # the whole overlay, which is never masqueraded; absent from old posts
 
 
+class HostUpdate(Wire):
+    """How the last in-place update of a daemon went. Of ours: the original's status does not tell."""
+
+    path: str = always("")
+    at: datetime = zero_time()
+    error: str = ""  # why the program before serves still
+
+
 class HostStatus(Wire):
     id: str = always("")
     tags: dict[str, str] = {}
@@ -135,6 +143,7 @@ class HostStatus(Wire):
     network: NetworkConfig | None = None
     version: str = always("")
     flags: list[str] | None = always(None)
+    update: HostUpdate | None = None
 
 
 class ResourceCheckPort(Wire):
@@ -147,7 +156,7 @@ class ResourceCheck(Wire):
 
 
 class HostCommand(Wire):
-    """An in-place update of the daemon."""
+    """An in-place update of the daemon: to the program at `path`. `pid` is set in the answer."""
 
     path: str = always("")
     args: list[str] = always([])

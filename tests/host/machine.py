@@ -98,6 +98,17 @@ class TestMachine:
         self.process.wait(30)
         self._console_start = len(self.console.read_text())
 
+    @staticmethod
+    def children(pid: int) -> list[str]:
+        """The names of a process's children."""
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return sorted(Path(f"/proc/{child}/comm").read_text().strip() for child in listed)
+
+    @staticmethod
+    def root_of(pid: int | None) -> Path:
+        """The root directory of a container, given its init."""
+        return Path(f"/proc/{pid}/root")
+
     def kill_containers(self) -> None:
         """What a power cut does to the jobs."""
         for procs in Path("/sys/fs/cgroup").glob(f"*/{self.name}/*/*/cgroup.procs"):

@@ -125,7 +125,7 @@ async def test_what_a_crash_has_cut_off_does_not_spoil_the_next_line(tmp_path: P
 
 async def test_captured_output_is_logged_line_by_line_with_its_stream(tmp_path: Path) -> None:
     logs = LogDirectory(tmp_path)
-    capture = Capture(logs, SOURCE)
+    capture = Capture(logs, SOURCE, tmp_path)
     (out, out_end), (err, err_end) = (os.pipe2(os.O_NONBLOCK), os.pipe2(os.O_NONBLOCK))
     capture.follow(out, err)
     os.write(out_end, b"one\ntw")
@@ -142,6 +142,29 @@ async def test_captured_output_is_logged_line_by_line_with_its_stream(tmp_path: 
     }  # fmt: skip
     os.close(out)
     os.close(err)
+
+
+async def test_a_line_that_begins_under_one_daemon_and_ends_under_the_next_stays_one(tmp_path: Path) -> None:
+    logs = LogDirectory(tmp_path / "logs")
+    out, out_end = os.pipe2(os.O_NONBLOCK)
+    texts: list[bytes] = []
+    for piece in (b"first\nseco", b"nd, still ", b"second\nthi", b"rd"):
+        capture = Capture(logs, SOURCE, tmp_path)  # each time a new daemon; the one before was killed
+        capture.follow(os.dup(out), None)
+        os.write(out_end, piece)
+        await asyncio.sleep(0.02)
+        for descriptor in list(capture._open):
+            asyncio.get_running_loop().remove_reader(descriptor)
+        texts = [line.text for line in logs.app(APP).reader(history=True).available()]
+    assert texts == [b"first", b"second, still second"]
+    os.close(out_end)
+    capture = Capture(logs, SOURCE, tmp_path)
+    capture.follow(out, None)
+    async with asyncio.timeout(5):
+        await capture.ended.wait()
+    texts = [line.text for line in logs.app(APP).reader(history=True).available()]
+    assert texts == [b"first", b"second, still second", b"third"]
+    os.close(out)
 
 
 async def test_a_shipment_is_in_order_over_all_apps_and_begins_after_its_cursor(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from pathlib import Path
 
 from flynn.host.attach import Stream
 from flynn.host.logs import record
 from flynn.host.logs.files import LogDirectory
 from flynn.host.logs.record import LineSplitter, Source
+from flynn.host.logs.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +19,16 @@ CHUNK_BYTES = 64 << 10
 
 
 class Capture:
-    """The output of one job on its way into the log. `ended` once every stream has been read to its end."""
+    """The output of one job on its way into the log. `ended` once every stream has been read to its end.
 
-    def __init__(self, directory: LogDirectory, source: Source) -> None:
-        self._directory, self._source = directory, source
+    `keep` is the job's directory: beginnings of lines survive the daemon there.
+    """
+
+    def __init__(self, directory: LogDirectory, source: Source, keep: Path) -> None:
+        self._directory, self._source, self._keep = directory, source, keep
         self._log = directory.app(source.app_id)
         self._header = source.header()
-        self._open: dict[int, tuple[Stream, LineSplitter]] = {}
+        self._open: dict[int, tuple[Stream, LineSplitter, Unfinished]] = {}
         self._failing = False
         self.ended = asyncio.Event()
 
@@ -32,7 +37,8 @@ class Capture:
         loop = asyncio.get_running_loop()
         for descriptor, stream in ((stdout, Stream.STDOUT), (stderr, Stream.STDERR)):
             if descriptor is not None:
-                self._open[descriptor] = (stream, LineSplitter())
+                unfinished = Unfinished(self._keep / f"unfinished.{stream.name.lower()}")
+                self._open[descriptor] = (stream, LineSplitter(unfinished.take()), unfinished)
                 loop.add_reader(descriptor, self._readable, descriptor)
         if not self._open:
             self.ended.set()
@@ -47,7 +53,7 @@ class Capture:
             self._finish(descriptor)
 
     def _readable(self, descriptor: int) -> None:
-        stream, splitter = self._open[descriptor]
+        stream, splitter, unfinished = self._open[descriptor]
         try:
             chunk = os.read(descriptor, CHUNK_BYTES)
         except BlockingIOError:
@@ -57,13 +63,22 @@ class Capture:
             chunk = b""
         if chunk:
             self._write(stream, splitter.feed(chunk))
+            try:
+                unfinished.keep(splitter.rest)
+            except OSError as error:
+                self._complain(error)
         else:
             self._finish(descriptor)
 
     def _finish(self, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
-        stream, splitter = self._open.pop(descriptor)
+        stream, splitter, unfinished = self._open.pop(descriptor)
         self._write(stream, splitter.finish())
+        try:
+            unfinished.keep(b"")
+        except OSError as error:
+            self._complain(error)
+        unfinished.close()
         if not self._open:
             self._log.close()  # other jobs of the app open it again
             self.ended.set()
@@ -76,9 +91,12 @@ class Capture:
             self._log.append(b"".join([record.encode(self._header, stream, stamp(), line) for line in lines]))
             self._failing = False
         except OSError as error:
-            # A full disk must not stop the job: its lines are lost, and that is said once.
-            if not self._failing:
-                log.error("log lines lost", extra={"job": self._source.job_id, "error": str(error)})
-            self._failing = True
+            self._complain(error)
             return
         self._directory.appended(self._source.app_id)
+
+    def _complain(self, error: OSError) -> None:
+        """A full disk must not stop the job: its lines are lost, and that is said once."""
+        if not self._failing:
+            log.error("log lines lost", extra={"job": self._source.job_id, "error": str(error)})
+        self._failing = True

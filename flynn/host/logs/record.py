@@ -94,8 +94,13 @@ def microseconds(stamp: bytes) -> int | None:
 class LineSplitter:
     """Cuts chunks into lines of at most `MAX_LINE_BYTES`; the newline is dropped, a carriage return stays."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, beginning: bytes = b"") -> None:
+        self._rest = beginning
+
+    @property
+    def rest(self) -> bytes:
+        """The beginning of the next line."""
+        return self._rest
 
     def feed(self, chunk: bytes) -> list[bytes]:
         *whole, self._rest = (self._rest + chunk).split(b"\n")

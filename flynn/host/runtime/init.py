@@ -6,12 +6,20 @@ whoever connects to `init.sock` in the container's directory is greeted with the
 Messages, one per packet, words separated by a space:
 
     daemon: resume | signal N | resize ROWS COLUMNS | close-stdin
-    init:   hello NAMES STATE...      NAMES: the descriptors passed along, joined by commas ("-" for none)
+    init:   protocol N                before anything else
+            hello NAMES STATE...      NAMES: the descriptors passed along, joined by commas ("-" for none)
             STATE...                  whenever it changes, being one of
                 created | running | exited CODE SIGNAL OOM | failed OOM TEXT
             oom COUNT                 the kernel has killed COUNT processes of this container so far
 
 The last state is also left in the file `exit` before init ends, and with no daemon connected, so is the unread output.
+
+An init is as old as its container; the daemon may be newer or (an update taken back) older. So messages are added,
+never changed, and each side ignores those it does not know; a daemon asks nothing of an init whose protocol does not
+have it.
+
+    1  as above, without `protocol`: it was not said then
+    2  says its protocol
 """
 
 from __future__ import annotations
@@ -30,6 +38,8 @@ import termios
 from flynn.host.runtime import kernel, netlink, process, rootfs
 from flynn.host.runtime.plan import FILE, Plan, load
 
+PROTOCOL = 2
+PROTOCOLS = (1, 2)  # that a daemon of this version can talk to
 SOCKET = "init.sock"
 EXIT_FILE = "exit"
 REST_PREFIX = "rest."
@@ -226,6 +236,7 @@ class Init:
         names = ",".join(self.ours) or "-"
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self.ours.values()))] if self.ours else []
         try:
+            connection.send(f"protocol {PROTOCOL}".encode(), socket.MSG_NOSIGNAL)
             connection.sendmsg([f"hello {names} {self.state}".encode()], rights, socket.MSG_NOSIGNAL)
         except OSError:
             pass  # gone already: the poll will say so

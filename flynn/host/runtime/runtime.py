@@ -47,6 +47,7 @@ SET_UP_LIMIT = (
 )
 KILL_LIMIT = 10.0  # seconds for a SIGKILL to take effect
 KILLED = 128 + signal.SIGKILL
+DESCRIPTORS = ("stdout", "stderr", "stdin", "pty")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _START_ZYGOTE = (
     "import sys; sys.path.append(sys.argv[1]); from flynn.host.runtime import zygote; zygote.main(int(sys.argv[2]))"
@@ -177,6 +178,7 @@ class Container:
         self.spec = spec
         self.pid = 0  # of init, in the daemon's pid namespace; 0 when reconnected to an ended container
         self.state = State.CREATED
+        self.protocol = specs.OLDEST_PROTOCOL  # that init speaks; what came later must not be asked of it
         self.stdout: int | None = None
         self.stderr: int | None = None
         self.stdin: int | None = None
@@ -274,7 +276,7 @@ class Container:
 
     def close(self) -> None:
         """Forget the container without touching it: closes descriptors and the connection only."""
-        for name in ("stdout", "stderr", "stdin", "pty"):
+        for name in DESCRIPTORS:
             fd = getattr(self, name)
             if fd is not None:
                 os.close(fd)
@@ -326,7 +328,10 @@ class Container:
     def _on_hello(self, message: str, fds: list[int]) -> None:
         _, names, state = message.split(" ", 2)
         for name, fd in zip(names.split(",") if names != "-" else (), fds, strict=True):
-            setattr(self, name, fd)
+            if name in DESCRIPTORS:
+                setattr(self, name, fd)
+            else:  # of an init newer than we are
+                os.close(fd)
         self._greeted = True
         self._on_state(state)
 
@@ -338,6 +343,8 @@ class Container:
             self.state = State.RUNNING
         elif state.startswith("oom "):
             self._oom_kills = int(state.split()[1])
+        elif state.startswith("protocol "):
+            self.protocol = int(state.split()[1])
 
     def _on_end(self, end: Exit) -> None:
         self._exit = self._exit or end
@@ -551,7 +558,7 @@ class Runtime:
         Raises ContainerLost (call `collect_leftovers` without its id to clean up).
         """
         try:
-            spec = specs.from_json((directory / "spec.json").read_text())
+            spec = specs.from_json((directory / specs.SPEC_FILE).read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ContainerLost(f"no readable spec in {directory}: {error}") from error
         container = Container(spec, self.cgroups)
@@ -601,7 +608,7 @@ def _write_files(spec: ContainerSpec, plan: plans.Plan) -> None:
     if spec.resolv_conf is not None:
         (directory / "resolv.conf").write_text(spec.resolv_conf)
     (directory / plans.FILE).write_bytes(plans.dumps(plan))
-    (directory / "spec.json").write_text(specs.to_json(spec))
+    (directory / specs.SPEC_FILE).write_text(specs.to_json(spec, init.PROTOCOL))
 
 
 def _dial(directory: Path) -> socket.socket | None:

@@ -150,23 +150,43 @@ class ContainerSpec:
     shm_bytes: int = 64 << 20
 
 
-def to_json(spec: ContainerSpec) -> str:
-    return json.dumps(dataclasses.asdict(spec))
+SPEC_FILE = "spec.json"
+OLDEST_PROTOCOL = 1  # of inits whose spec does not say: made before it was written down
+
+
+def to_json(spec: ContainerSpec, protocol: int) -> str:
+    """Write a spec down, with the protocol its init speaks (see `init`)."""
+    return json.dumps({**dataclasses.asdict(spec), "protocol": protocol})
+
+
+def protocol_of(text: str) -> int:
+    """Return the protocol of the init of a container."""
+    return int(json.loads(text).get("protocol", OLDEST_PROTOCOL))
 
 
 def from_json(text: str) -> ContainerSpec:
-    """Read what `to_json` wrote; unknown keys (of a newer daemon) are dropped."""
-    raw: dict[str, Any] = json.loads(text)
-    known = {f.name for f in dataclasses.fields(ContainerSpec)}
-    values: dict[str, Any] = {key: value for key, value in raw.items() if key in known}
-    root, network = values["rootfs"], values["network"]
-    limits: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values["limits"].items()}
-    values["rootfs"] = RootFS(lower=tuple(root["lower"]), writable=root["writable"])
+    """Read what `to_json` wrote, now, earlier or later: unknown keys are dropped, missing ones have their defaults.
+
+    Raises ValueError, KeyError or TypeError when what every version has is not there.
+    """
+    values = _known(ContainerSpec, json.loads(text))
+    root, network = values["rootfs"], values.get("network")
+    limits: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in _known(Limits, values.get("limits", {})).items()
+    }
+    values["rootfs"] = RootFS(lower=tuple(root["lower"]), writable=root.get("writable"))
     values["limits"] = Limits(**limits)
-    values["network"] = Network(**network) if network else None
-    values["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
+    values["network"] = Network(**_known(Network, network)) if network else None
+    values["mounts"] = tuple(Mount(**_known(Mount, mount)) for mount in values.get("mounts", ()))
     for name in ("devices_allowed", "devices_created"):
-        values[name] = tuple(Device(**device) for device in values[name])
+        if name in values:
+            values[name] = tuple(Device(**_known(Device, device)) for device in values[name])
     for name in ("args", "capabilities", "window"):
-        values[name] = tuple(values[name])
+        if name in values:
+            values[name] = tuple(values[name])
     return ContainerSpec(**values)
+
+
+def _known(kind: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {key: value for key, value in raw.items() if key in names}

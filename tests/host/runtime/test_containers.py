@@ -392,4 +392,4 @@ def test_spec_survives_json(spec: Make) -> None:
     original = spec(
         network=network(5), mounts=(Mount(target="/a", source="/b"),), limits=Limits(fds=(1, 2)), env={"A": "b"}, uid=5
     )
-    assert from_json(to_json(original)) == original
+    assert from_json(to_json(original, 2)) == original
