@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from flynn.aio.clock import Clock
+from flynn.host import steps
 from flynn.host.jobs.environment import is_system_app
 from flynn.identity.authority import ClusterCA, expiry_of, write_private
 from flynn.types.host import META_APP_NAME, META_SERVICE, META_TYPE, HostJob
@@ -45,6 +46,7 @@ class JobCertificates:
             return False
         holder = Holder(job, tuple(addresses), directory)
         await asyncio.to_thread(self._write, holder)
+        steps.reach("identity")
         self._holders[job.id] = holder
         return True
 

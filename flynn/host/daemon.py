@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from flynn.aio.clock import SystemClock
 from flynn.aio.supervisor import TaskSet, supervisor
 from flynn.daemon import ConfigError
+from flynn.host import steps
 from flynn.host.api import HostApi
 from flynn.host.attaching import Attachments
 from flynn.host.certificates import JobCertificates
@@ -176,6 +177,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             releases=releases,
         )
         api = host_api.api()
+        steps.reach("restored")
         outside = config.listen_ip or str(config.external_ip)
         inside = _listener(update, "loopback", LOOPBACK, config.http_port)
         await stack.enter_async_context(listen(api, LOOPBACK, config.http_port, key=key, sock=inside, linger=LINGER))

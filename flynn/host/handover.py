@@ -1,6 +1,6 @@
 """What one daemon hands to the next that takes its process over: listening sockets, and the way back.
 
-    FLYNN_HOST_HANDOVER   {"listeners": {name: descriptor}, "back": [program, arguments...], "update": {...}}
+    FLYNN_HOST_HANDOVER   {"listeners": {name: descriptor}, "back": [program, arguments...], ...}
 
 The sockets stay open from one program to the other, so who connects meanwhile waits instead of being refused. ADR 8.
 """
@@ -24,6 +24,7 @@ class Handover(Wire):
 
     listeners: dict[str, int] = {}
     back: list[str] = []
+    environment: dict[str, str] = {}  # of `back`
     update: HostUpdate | None = None
 
     def into(self, environ: Mapping[str, str]) -> dict[str, str]:

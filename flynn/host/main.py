@@ -162,13 +162,21 @@ def main() -> None:
             _run(args, start)
         except SystemExit as error:
             if error.code not in (None, 0):
-                start.update.go_back(f"its start failed: {error.code}")
+                reason = error.code if isinstance(error.code, str) else _innermost(error.__context__)
+                start.update.go_back(f"its start failed: {reason}")
             raise
         except Exception as error:  # The edge: whatever it is, the program before is to serve.
             start.update.go_back(f"its start failed: {error!r}")
             raise
     else:
         _run(args, None)
+
+
+def _innermost(error: BaseException | None) -> str:
+    """The first failure in a group of them; the rest is in the daemon's log."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return repr(error)
 
 
 def _run(args: list[str], start: DaemonStart | None) -> None:

@@ -7,6 +7,7 @@ import logging
 import signal
 
 from flynn.aio.supervisor import TaskSet
+from flynn.host import steps
 from flynn.host.jobs import resurrection
 from flynn.host.runtime.runtime import NotRunning
 from flynn.host.supervision import JobRun, Machine
@@ -43,6 +44,7 @@ class JobRunner:
         if starting >= STARTING_LIMIT:
             raise RateLimited("maximum concurrent AddJob calls running, try again later")
         await self._machine.book.add(job)
+        steps.reach("recorded")
         self._start(job.id)
 
     def _start(self, job_id: str) -> None:

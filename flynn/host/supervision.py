@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flynn.aio.clock import Clock
+from flynn.host import steps
 from flynn.host.certificates import JobCertificates
 from flynn.host.discovery import Discovery
 from flynn.host.jobs import environment, partitions, profiles, resurrection
@@ -126,6 +127,7 @@ class JobRun:
         """Ask for the end: SIGTERM, 30 s, SIGKILL. Returns at once."""
         if not self._job.status.down and not self._job.force_stop:
             self._machine.book.note(self._id, StopAsked())
+            steps.reach("stop-asked")
         self._stop.set()
 
     async def deregister(self) -> None:
@@ -197,15 +199,21 @@ class JobRun:
         await self._unless_stopped(self._wait_for_the_host(job))
         async with self._machine.launching:
             made = await self._unless_stopped(self._prepare(job))
+            steps.reach("prepared")
             job = self._job.job
             container = await self._machine.runtime.create(
                 container_spec(job, partition, self._machine.facts, extras, made)
             )
             self.container = container
-            self._machine.book.note(self._id, ContainerMade(container.pid))
+            steps.reach("created")
+            await self._machine.book.apply(self._id, ContainerMade(container.pid))
+            steps.reach("container-recorded")
             live = self._bring_to_life(container)
+            steps.reach("output")
             await container.resume()
+            steps.reach("resumed")
             await self._machine.book.apply(self._id, Launched())
+            steps.reach("running")
         return await self._watch(live)
 
     async def _go_on(self, container: Container) -> Happening:
@@ -225,6 +233,7 @@ class JobRun:
 
     async def _wait_for_the_host(self, job: HostJob) -> None:
         """Wait for what the job needs of the node: its turn after a crash, the network, discoverd with its DNS."""
+        steps.reach("waiting")
         delay = resurrection.delay_before(job)
         if delay:
             await self._machine.clock.sleep(delay)
@@ -237,6 +246,7 @@ class JobRun:
         """Make everything the container is built from. What was made is undone by `_clean_up`, also half of it."""
         machine = self._machine
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        steps.reach("directory")
         network = await self._address(job)
         lower, writable, volumes, identity = await _together(
             self._layers(job),
@@ -259,16 +269,21 @@ class JobRun:
         if job.config.host_network:
             return None
         network = await self._machine.network.allocate(trusted=environment.is_system_app(job))
+        steps.reach("allocated")
         addressed = environment.with_address(job, network.address)
         self._machine.book.note(self._id, AddressAssigned(addressed, network.address))
+        steps.reach("addressed")
         return network
 
     async def _layers(self, job: HostJob) -> list[Path]:
         files = await _together(*(self._machine.layers.ensure(spec) for spec in job.mountspecs))
-        return [
+        steps.reach("layer-fetched")
+        mounted = [
             await self._machine.mounts.acquire(spec.id, file, self._id)
             for spec, file in zip(job.mountspecs, files, strict=True)
         ]
+        steps.reach("layer-mounted")
+        return mounted
 
     async def _write_layer(self, job: HostJob) -> Path:
         self._scratch = await self._machine.scratch.take(scratch_bytes(job.resources))
@@ -281,6 +296,7 @@ class JobRun:
             if binding.volume not in known:
                 raise VolumeError(f"job {self._id} required volume {binding.volume}, but that volume does not exist")
             paths[binding.volume] = await self._machine.volumes.mounted(binding.volume)
+        steps.reach("volumes-mounted")
         return paths
 
     def _addresses(self, network: Network | None) -> list[str]:
@@ -336,6 +352,7 @@ class JobRun:
             for helper in helpers:
                 helper.cancel()
         patience.cancel()
+        steps.reach("ended")
         if result.error is not None:
             return Broken(result.error)
         return Ended(result.code, result.signal)
@@ -345,10 +362,12 @@ class JobRun:
             await container.signal(signal.SIGTERM)
         except NotRunning:
             return
-        await asyncio.wait((ended,), timeout=TERM_GRACE.total_seconds())
+        steps.reach("terminated")
+        await asyncio.wait((ended,), timeout=steps.patience(TERM_GRACE.total_seconds()))
         if not ended.done():
             log.info("job ignores SIGTERM, killing it", extra={"job": self._id})
             await container.kill()
+            steps.reach("killed")
 
     def _wants_services(self, job: HostJob) -> bool:
         """System jobs register themselves, with the protocol they speak."""
@@ -379,6 +398,7 @@ class JobRun:
             log.info("job comes back", extra={"job": self._id, "as": self.heir.id})
         else:
             await book.apply(self._id, end)
+        steps.reach("end-recorded")
         await self._clean_up()
 
     async def _clean_up(self) -> None:
@@ -391,16 +411,22 @@ class JobRun:
                     await live.capture.ended.wait()
         if live is not None:
             live.close_streams()
+        steps.reach("output-read")
         if self.container is None or await self._destroyed(self.container):
             await self._step("address", self._release_address(job))
+            steps.reach("address-released")
             await self._step("layers", machine.mounts.release(self._id))
+            steps.reach("layers-released")
             await self._step("scratch", self._release_scratch())
+            steps.reach("scratch-removed")
             for binding in job.job.config.volumes:
                 if binding.delete_on_stop and self.heir is None:  # a successor goes on with them
                     await self._step("volume", machine.volumes.destroy(binding.volume))
+            steps.reach("volumes-removed")
             machine.certificates.forget(self._id)
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
             await machine.book.cleaned(self._id)
+            steps.reach("cleaned")
         machine.live.gone(self._id)
         self.finished.set()
 

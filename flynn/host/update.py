@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flynn.aio.clock import Clock
+from flynn.host import steps
 from flynn.host.handover import Handover, Listeners
 from flynn.types.codec import Wire, always, decode, replace
 from flynn.types.errors import ApiError, Conflict, PreconditionFailed, ValidationError
@@ -67,8 +68,9 @@ class Update:
         """
         self._called, self._program = called, [os.path.realpath(called), *args]
         self._environment, self._handover = dict(environment), handover
-        self._final_environment, self._start_seconds = final_environment, start_seconds
+        self._final_environment, self._start_seconds = final_environment, steps.patience(start_seconds)
         self._next: list[str] = []
+        self._pending: HostUpdate | None = None
         self._ready = False
         self._busy = False
         self.making_way = asyncio.Event()
@@ -102,7 +104,7 @@ class Update:
         self._busy = True
         update = HostUpdate(path=path, at=clock.now())
         try:
-            proof = await _try([path, *args], self._environment, TRIAL_SECONDS)
+            proof = await _try([path, *args], self._environment, steps.patience(TRIAL_SECONDS))
         except PreconditionFailed as error:
             self._busy, self.last = False, replace(update, error=error.message)
             log.warning("the new program is not used", extra={"path": path, "reason": error.message})
@@ -111,7 +113,7 @@ class Update:
             self._busy = False
             raise
         log.info("update", extra={"path": path, "version": proof.version})
-        self._next, self.last = [path, *args], update
+        self._next, self._pending = [path, *args], update
         delay = command.shutdown_delay / 1e9 if command.shutdown_delay else DELAY_SECONDS
         asyncio.get_running_loop().call_later(delay, self._make_way)
         return replace(command, path=path, args=args, pid=os.getpid())
@@ -129,17 +131,21 @@ class Update:
 
     def become(self) -> NoReturn:
         """Execute the new program in this process. Jobs, listening sockets and the PID stay."""
-        handover = Handover(listeners=self.listeners.hand_over(), back=self._program, update=self.last)
-        self._execute(self._next, handover)
+        listeners = self.listeners.hand_over()
+        handover = Handover(
+            listeners=listeners, back=self._program, environment=self._environment, update=self._pending
+        )
+        self._execute(self._next, self._environment, handover)
 
-    def _execute(self, program: list[str], handover: Handover) -> NoReturn:
+    def _execute(self, program: list[str], environment: Mapping[str, str], handover: Handover) -> NoReturn:
         try:
-            os.execve(program[0], program, self._final_environment(handover.into(self._environment)))
+            os.execve(program[0], program, self._final_environment(handover.into(environment)))
         except OSError as error:  # it was there when it was tried; without `back` the end is systemd's affair
             if not handover.back:
                 raise
             failed = handover.update and replace(handover.update, error=f"{program[0]}: {error.strerror}")
-            self._execute(handover.back, Handover(listeners=handover.listeners, update=failed))
+            back = Handover(listeners=handover.listeners, update=failed)
+            self._execute(handover.back, handover.environment, back)
 
     # Having become
 
@@ -159,7 +165,8 @@ class Update:
             with contextlib.suppress(OSError):
                 os.set_inheritable(descriptor, True)
         failed = self.last and replace(self.last, error=reason)
-        self._execute(self._handover.back, Handover(listeners=self._handover.listeners, update=failed))
+        back = Handover(listeners=self._handover.listeners, update=failed)
+        self._execute(self._handover.back, self._handover.environment, back)
 
     def ready(self) -> None:
         """This program serves: there is no way back any more."""

@@ -70,7 +70,7 @@ class TestMachine:
             "DISCOVERD": f"{self.ip}:1",
         }
 
-    def start(self, *flags: str) -> None:
+    def start(self, *flags: str, env: Mapping[str, str] | None = None) -> None:
         with self.console.open("ab") as console:
             self.process = subprocess.Popen(
                 [
@@ -79,7 +79,7 @@ class TestMachine:
                     "--log-dir", str(self.directory / "log"), "--vol-provider", self.provider,
                     "--zpool-name", self.name, "--cgroup-root", self.name, "--bridge-name", self.name[:15], *flags,
                 ],
-                env=self.environment, stdout=console, stderr=console, start_new_session=True,
+                env={**self.environment, **(env or {})}, stdout=console, stderr=console, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 20
         while "msg=ready" not in self.console.read_text()[self._seen() :]:

@@ -35,6 +35,7 @@ import struct
 import sys
 import termios
 
+from flynn.host import steps
 from flynn.host.runtime import kernel, netlink, process, rootfs
 from flynn.host.runtime.plan import FILE, Plan, load
 
@@ -57,7 +58,7 @@ def main(directory: str, connection: socket.socket) -> None:
         kernel.set_process_name("flynn-init")
         init = Init(directory, connection)
         try:
-            init.set_up()
+            init.set_up(connection)
         except OSError as error:
             init.end(f"failed 0 {error.filename or 'container'}: {error.strerror}")
         except Exception as error:  # whatever it is, the daemon must hear of it
@@ -86,10 +87,12 @@ class Init:
 
     # Building
 
-    def set_up(self) -> None:
+    def set_up(self, connection: socket.socket) -> None:
         plan = self.plan
         self.listener = self._listen()
+        steps.reach_in_init("init-listening", connection)
         self._join_cgroups()
+        steps.reach_in_init("init-cgroups", connection)
         self._watch_memory()
         _protect_from_oom()
         host = netlink.Netlink() if plan.network else None
@@ -101,7 +104,9 @@ class Init:
             self._connect_network(host, bridge)
             if plan.hostname:
                 kernel.sethostname(plan.hostname[:64])
+        steps.reach_in_init("init-network", connection)
         rootfs.build(plan)
+        steps.reach_in_init("init-root", connection)
         self._open_stdio()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # /proc/1 is closed to the container's root
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 
 import flynn
+from flynn.host import steps as job_steps
 from flynn.host.network import ports
 from flynn.host.runtime import init, kernel, netlink, seccomp
 from flynn.host.runtime import plan as plans
@@ -343,6 +344,8 @@ class Container:
             self.state = State.RUNNING
         elif state.startswith("oom "):
             self._oom_kills = int(state.split()[1])
+        elif state.startswith("fault "):
+            job_steps.reach(state.split()[1])
         elif state.startswith("protocol "):
             self.protocol = int(state.split()[1])
 
@@ -382,9 +385,12 @@ def _read_exit(directory: Path) -> Exit | None:
 
 def _remove_traces(tree: CgroupTree, spec: ContainerSpec) -> None:
     tree.remove(spec.partition, spec.id, KILL_LIMIT)
+    job_steps.reach("cgroup-removed")
     if spec.network is not None:
         _delete_link(ports.port_name(spec.network.address))
+    job_steps.reach("veth-removed")
     shutil.rmtree(spec.directory, ignore_errors=True)
+    job_steps.reach("container-removed")
 
 
 def _delete_link(name: str) -> None:
@@ -524,10 +530,12 @@ class Runtime:
             raise StartFailed(str(error)) from error
         container = Container(spec, self.cgroups)
         _write_files(spec, plan)
+        job_steps.reach("files")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 container.pid = await self._fork(spec.directory, theirs)
+            job_steps.reach("forked")
             container._connect(ours)
             async with asyncio.timeout(SET_UP_LIMIT):
                 await container._until(lambda: container._greeted or container._exit is not None)

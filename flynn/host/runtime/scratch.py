@@ -11,6 +11,7 @@ import uuid
 from collections import defaultdict, deque
 from pathlib import Path
 
+from flynn.host import steps
 from flynn.host.runtime import loop
 
 DEFAULT_BYTES = 100 << 20
@@ -133,10 +134,12 @@ def _make(path: Path, size: int) -> None:
     subprocess.run([*_FORMAT, str(image)], check=True, stdout=subprocess.DEVNULL, timeout=60)
     loop.mount_image(image, path, "ext4", read_only=False)
     (path / "lost+found").rmdir()
+    steps.reach("scratch-made")
 
 
 def _remove(path: Path) -> None:
     loop.unmount(path)
+    steps.reach("scratch-unmounted")
     shutil.rmtree(path.parent, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from flynn.aio.broadcast import Broadcast
 from flynn.aio.clock import Clock
-from flynn.host import state
+from flynn.host import state, steps
 from flynn.host.state import KeptVolume, StateStore
 from flynn.host.volumes.provider import Unsupported, VolumeBusy, VolumeError, VolumeGone, VolumeProvider
 from flynn.types.errors import Conflict, NotFound, ObjectExists, ServiceUnavailable, UnknownError, ValidationError
@@ -125,6 +125,7 @@ class VolumeBook:
             volume = self._kept(volume_id)
             provider = await _translated(self._opened(volume.provider))
             await _translated(provider.destroy(volume.place))
+            steps.reach("volume-destroyed")
             await self._store.commit(state.forget_volume(volume_id), durable=True)
             self._volumes.pop(volume_id, None)
             self.events.send(VolumeEvent(type="destroy", volume=volume.info))
