@@ -25,6 +25,7 @@ from flynn.controller.migrate import migrate
 from flynn.controller.neighbours import Neighbours
 from flynn.controller.store.retention import Retention
 from flynn.controller.stores import Stores
+from flynn.controller.worker.databases import DatabaseClusters
 from flynn.controller.worker.forgetting import forget_regularly
 from flynn.controller.worker.loop import Worker
 from flynn.controller.worker.procedures import procedures
@@ -110,7 +111,9 @@ async def worker(environ: Mapping[str, str]) -> AsyncIterator[None]:
             return Status(version=VERSION)
 
         api = Api("controller-worker", status=status)
-        known = procedures(stores, Hosts(registry, identity), Neighbours(identity))
+        known = procedures(
+            stores, Hosts(registry, identity), Neighbours(identity), DatabaseClusters(registry, identity)
+        )
         own = instance_from_environment(environ, config.port, "https")
         async with (
             listen(api, "0.0.0.0", config.port, tls=identity),

@@ -101,6 +101,8 @@ class FormationBook:
             return
         for old in [formation for formation in self._world.formations.values() if formation.app.id == job.app]:
             count = self._lowered.pop((old.key, job.type), 0)
+            if new.app.strategy == Strategy.SIRENIA and max(count, new.wanted[job.type]) > 1:
+                continue  # the data of a cluster of several are with its present members
             if not count or old.key == new.key or old.wanted.get(job.type):
                 continue
             log.error(

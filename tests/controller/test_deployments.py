@@ -19,6 +19,7 @@ from flynn.controller.neighbours import Neighbours
 from flynn.controller.store.events import EventFilter
 from flynn.controller.stores import Stores
 from flynn.controller.wire import AppUpdate
+from flynn.controller.worker.databases import DatabaseClusters
 from flynn.controller.worker.loop import Worker
 from flynn.controller.worker.procedures import procedures
 from flynn.discoverd.memory import MemoryRegistry
@@ -42,7 +43,8 @@ async def working(conninfo: str, blobstore: str = "http://127.0.0.1:1") -> Async
     """One worker process, but for the process."""
     async with Database(conninfo).connected() as database:
         stores = Stores.over(database)
-        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None), blobstore=blobstore)
+        databases = DatabaseClusters(MemoryRegistry(), None)
+        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None), databases, blobstore=blobstore)
         async with TaskSet() as tasks, supervisor() as spawn:
             spawn("follow events", stores.hub.run())
             await stores.hub.started()
@@ -262,7 +264,7 @@ async def test_deploying_what_runs_already_changes_nothing(
     [
         ("", "unable to determine sirenia process type"),
         ("db", "sirenia process type not present in new release"),
-        ("web", "replacing a database cluster of 2 by a deployment is not supported yet"),
+        ("web", "sirenia process type has no service"),
     ],
 )
 async def test_a_database_that_cannot_be_replaced_is_left_alone(

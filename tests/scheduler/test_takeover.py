@@ -188,6 +188,21 @@ def test_a_database_that_does_not_start_makes_way_for_the_one_before() -> None:
     assert len(stage.started) == 9
 
 
+def test_a_cluster_of_several_does_not_go_back_to_peers_that_its_data_have_left() -> None:
+    stage = Stage()
+    critical = {**SYSTEM, SYSTEM_CRITICAL: "true"}
+    stage.scale("r1", 3, meta=critical)
+    stage.scale("r2", 3, meta=critical)
+    stage.scale("r1", 0, meta=critical)
+    for old in stage.started[:3]:
+        stage.report(old, JobStatus.DONE)
+    stage.crashing = "r2"
+    stage.report(stage.started[3], JobStatus.CRASHED)
+    stage.wait(60)
+    assert {start.job.release for start in stage.started[6:]} == {"r2"}
+    assert len(stage.started) > 12
+
+
 def test_nor_does_it_matter_that_its_host_brings_it_back_again_and_again() -> None:
     """Each job that a host brings back is new to the scheduler, and the last one has the volume until it is stopped."""
     stage = Stage()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from flynn.aio.backoff import Backoff, attempts
-from flynn.appliances.sirenia.management import ApplianceStatus
+from flynn.appliances.sirenia.management import ApplianceStatus as ApplianceStatus
 from flynn.appliances.sirenia.neighbours import Heard
 from flynn.appliances.sirenia.suspicion import Answer
 from flynn.discoverd.instances import join_host_port

@@ -190,17 +190,24 @@ def database_process(old_env: Mapping[str, str], new_env: Mapping[str, str]) -> 
 
 
 def sirenia(progress: Progress, database: str) -> NextStep:
-    """Return the rule for a database cluster: nothing running, or one server, is within reach of counts alone.
+    """Return the rule for what is a matter of counts: a database alone, and the other types.
+
+    The peers of a cluster of several are replaced before, by `peers`; what is left of the old ones is to be stopped.
 
     Raises:
-        UnsupportedStrategy: several servers, whose roles have to be handed over, or none in the new release.
+        UnsupportedStrategy: there is no database in the new release.
     """
     if database not in progress.types:
         raise UnsupportedStrategy("sirenia process type not present in new release")
-    count = progress.wanted.get(database, 0)
-    if count > 1:
-        raise UnsupportedStrategy(f"replacing a database cluster of {count} by a deployment is not supported yet")
-    return database_alone(database)
+    if progress.wanted.get(database, 0) <= 1:
+        return database_alone(database)
+
+    def steps(progress: Progress) -> Step | None:
+        if progress.old_count(database):
+            return ScaleOld({database: 0})
+        return up_then_down(progress.without(database))
+
+    return steps
 
 
 def batch_size(strategy: str, requested: int | None, hosts: int) -> int:

@@ -107,6 +107,19 @@ class DeploymentStore:
             ):
                 emit_progress(transaction, deployment, status=DeploymentStatus.RUNNING)
 
+    async def step(self, deployment: Deployment, release: str, process_type: str, state: str) -> None:
+        """Tell of one job of a release that is starting, up, stopping or down."""
+        async with self._database.transaction() as transaction:
+            event = DeploymentEvent(
+                app=deployment.app,
+                deployment=deployment.id,
+                release=release,
+                status=DeploymentStatus.RUNNING,
+                job_type=process_type,
+                job_state=state,
+            )
+            transaction.emit(EventType.DEPLOYMENT, deployment.id, event, app=deployment.app, op="update")
+
     async def complete(self, deployment: Deployment) -> None:
         """Make the new release the app's current one and close the deployment, as one decision."""
         async with self._database.transaction() as transaction:

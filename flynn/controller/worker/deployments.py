@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
 
 from flynn.aio.broadcast import Overflowed
+from flynn.controller.deploy.peers import Unfit, check_fit
 from flynn.controller.deploy.strategies import (
     IN_PLACE,
     TOLERATED_FAILED_STARTS,
@@ -33,10 +34,11 @@ from flynn.controller.hosts import Hosts
 from flynn.controller.store.formations import Change
 from flynn.controller.store.queue import QueuedJob
 from flynn.controller.stores import Stores
+from flynn.controller.worker.databases import DatabaseClusters, NoProgress, PeerReplacement, Seen, patiently
 from flynn.types.app import Strategy
 from flynn.types.codec import convert
 from flynn.types.deployment import Deployment
-from flynn.types.errors import NotFound, ServiceUnavailable, ValidationError
+from flynn.types.errors import ApiError, NotFound, ServiceUnavailable, ValidationError
 from flynn.types.event import Event, EventType
 from flynn.types.formation import Processes, ScaleRequest, ScaleState, Tags
 from flynn.types.job import Job, JobState
@@ -57,9 +59,10 @@ class DeploymentError(Exception):
 class DeploymentProcedure:
     """The procedure behind queue jobs of class `deployment`."""
 
-    def __init__(self, stores: Stores, hosts: Hosts) -> None:
+    def __init__(self, stores: Stores, hosts: Hosts, databases: DatabaseClusters) -> None:
         self._stores = stores
         self._hosts = hosts
+        self._databases = databases
 
     async def __call__(self, job: QueuedJob) -> None:
         """Do a deployment, or what is left of it. What raises is tried again, except that it may not go on for ever."""
@@ -73,7 +76,7 @@ class DeploymentProcedure:
             return await self._give_up(deployment, deployment.error)
         try:
             await self._perform(deployment)
-        except (DeploymentError, UnsupportedStrategy) as error:
+        except (DeploymentError, UnsupportedStrategy, NoProgress, Unfit) as error:
             await self._give_up(deployment, str(error))
         except (NotFound, ValidationError) as error:
             await self._give_up(deployment, error.message)
@@ -90,6 +93,8 @@ class DeploymentProcedure:
             batch = await self._batch(deployment)
             steps = await self._steps(deployment, new)
             await self._settle(deployment, new)
+            if (database := await self._cluster_of_several(deployment)) is not None:
+                await self._replace_peers(deployment, new, database)
             while (step := steps(await self._progress(deployment, new, batch))) is not None:
                 await self._scale(deployment, new, step)
         await self._stores.deployments.complete(deployment)
@@ -97,8 +102,111 @@ class DeploymentProcedure:
     async def _steps(self, deployment: Deployment, new: Release) -> NextStep:
         if deployment.strategy != Strategy.SIRENIA:
             return strategy_steps(deployment.strategy)
+        database = await self._database_of(deployment)
+        return sirenia(await self._progress(deployment, new, 1), database)
+
+    async def _database_of(self, deployment: Deployment) -> str:
+        new = await self._stores.releases.get(deployment.new_release)
         old = await self._stores.releases.get(deployment.old_release) if deployment.old_release else Release()
-        return sirenia(await self._progress(deployment, new, 1), database_process(old.env, new.env))
+        return database_process(old.env, new.env)
+
+    async def _cluster_of_several(self, deployment: Deployment) -> str | None:
+        """Return the process type whose jobs are peers of one database cluster, if there is such a thing here."""
+        if deployment.strategy != Strategy.SIRENIA:
+            return None
+        database = await self._database_of(deployment)
+        return database if (deployment.processes or {}).get(database, 0) > 1 else None
+
+    async def _replace_peers(self, deployment: Deployment, new: Release, database: str) -> None:
+        """Bring all peers of a database cluster to the new release, and stop what is left of the others' jobs."""
+
+        async def expected(seen: Seen) -> int:
+            return (await patiently(lambda: self._counts(deployment.app, new.id))).get(database, 0)
+
+        async def start(seen: Seen) -> None:
+            await told(new.id, "starting")
+            await self._scale(deployment, new, ScaleNew({database: await expected(seen) + 1}))
+            await told(new.id, "up")
+
+        async def told(release: str, state: str) -> None:
+            await patiently(lambda: self._stores.deployments.step(deployment, release, database, state))
+
+        if not new.processes[database].service:
+            raise Unfit("sirenia process type has no service")
+        replacement = self._replacement(deployment, new, database, expected, start, told)
+        if not await expected(Seen(None)):
+            check_fit((await self._databases.look(replacement.service)).state)
+        await replacement.run()
+        # Their databases have been stopped, their containers have not. A deployment that failed may have left some too.
+        for formation in await patiently(lambda: self._stores.formations.all(deployment.app)):
+            left = (formation.processes or {}).get(database, 0)
+            if left and formation.release not in (new.id, deployment.old_release):
+                await self._stores.formations.change(deployment.app, [Change(formation.release, {database: 0})])
+
+    def _replacement(
+        self,
+        deployment: Deployment,
+        release: Release,
+        database: str,
+        expected: Callable[[Seen], Awaitable[int]],
+        start: Callable[[Seen], Awaitable[None]],
+        told: Callable[[str, str], Awaitable[None]],
+    ) -> PeerReplacement:
+        return PeerReplacement(
+            clusters=self._databases,
+            service=release.processes[database].service,
+            release=release.id,
+            wanted=(deployment.processes or {}).get(database, 0),
+            limit=timedelta(seconds=deployment.deploy_timeout),
+            expected=expected,
+            start=start,
+            told=told,
+        )
+
+    async def _bring_peers_back(self, deployment: Deployment, database: str) -> None:
+        """Bring all peers of a database cluster back to the old release. Raises NoProgress, DeploymentError.
+
+        The data may have moved on to the new peers by now: they are replaced as carefully as the old ones were. Jobs
+        of the old release whose database was stopped are ended, so that the scheduler starts them again on their data.
+        """
+        old = await patiently(lambda: self._stores.releases.get(deployment.old_release))
+
+        async def idle(seen: Seen) -> list[Job]:
+            listed = seen.jobs(old.id)
+            jobs = await patiently(lambda: self._stores.jobs.all(deployment.app))
+            return [
+                job
+                for job in jobs
+                if job.release == old.id and job.type == database and job.host_id
+                and job.state in (JobState.UP, JobState.STARTING) and not {job.id, job.uuid} & listed
+            ]  # fmt: skip
+
+        async def expected(seen: Seen) -> int:
+            counts = await patiently(lambda: self._counts(deployment.app, old.id))
+            return max(0, counts.get(database, 0) - len(await idle(seen)))
+
+        async def start(seen: Seen) -> None:
+            waiting, listed = await idle(seen), seen.jobs(old.id)
+            if waiting:
+                try:
+                    async with self._hosts.open(waiting[0].host_id) as host:
+                        await host.stop_job(waiting[0].id)
+                except ApiError as error:
+                    raise NoProgress(f"job {waiting[0].id} cannot be started again: {error.message}") from error
+                await replacement.until(
+                    lambda now: bool(now.jobs(old.id) - listed), f"job {waiting[0].id} was not started again"
+                )  # fmt: skip
+                return
+            count = (await patiently(lambda: self._counts(deployment.app, old.id))).get(database, 0)
+            async with ScaleWatch(self._stores, deployment, old.id, old.processes) as watch:
+                requests = await self._stores.formations.change(deployment.app, [Change(old.id, {database: count + 1})])
+                await watch.completed(requests[-1], replacement.limit)
+
+        async def told(release: str, state: str) -> None:
+            await patiently(lambda: self._stores.deployments.step(deployment, release, database, state))
+
+        replacement = self._replacement(deployment, old, database, expected, start, told)
+        await replacement.run(back=True)
 
     async def _batch(self, deployment: Deployment) -> int:
         needs_hosts = deployment.strategy == Strategy.IN_BATCHES and not deployment.deploy_batch_size
@@ -163,15 +271,32 @@ class DeploymentProcedure:
     async def _give_up(self, deployment: Deployment, reason: str) -> None:
         """Bring the old release back to its counts, drop the new one, and only then close the deployment."""
         log.info("deployment failed", extra={"deployment": deployment.id, "reason": reason})
-        await self._stores.deployments.condemn(deployment, reason)
+        await patiently(lambda: self._stores.deployments.condemn(deployment, reason))
         try:
+            if await self._begun_with_several(deployment):
+                await self._bring_peers_back(deployment, await self._database_of(deployment))
             await self._restore_old(deployment)
             if deployment.new_release != deployment.old_release:
                 await self._stores.formations.delete(deployment.app, deployment.new_release)
         except (NotFound, ValidationError) as error:
             # The app or a release has been deleted meanwhile, or the new one was never scaled: nothing to roll back.
             log.info("nothing to roll back", extra={"deployment": deployment.id, "because": error.message})
-        await self._stores.deployments.fail(deployment, reason)
+        except (NoProgress, DeploymentError) as error:
+            # Both releases stay as they are: the data may be with the peers of either.
+            log.error("deployment not rolled back", extra={"deployment": deployment.id, "because": error})
+            reason = f"{reason}; and it could not be rolled back: {error}"
+        await patiently(lambda: self._stores.deployments.fail(deployment, reason))
+
+    async def _begun_with_several(self, deployment: Deployment) -> bool:
+        """Whether peers of the new release may have got a role in a database cluster of several."""
+        try:
+            database = await self._cluster_of_several(deployment)
+        except UnsupportedStrategy:
+            return False
+        if database is None:
+            return False
+        await patiently(lambda: self._stores.formations.get(deployment.app, deployment.new_release))
+        return True
 
     async def _restore_old(self, deployment: Deployment) -> None:
         wanted = deployment.processes or {}
@@ -179,7 +304,7 @@ class DeploymentProcedure:
         if not deployment.old_release or all(current.get(name, 0) == count for name, count in wanted.items()):
             return
         changes = [Change(deployment.old_release, wanted)]
-        if deployment.strategy in IN_PLACE:
+        if deployment.strategy in IN_PLACE and not await self._begun_with_several(deployment):
             present = await self._counts(deployment.app, deployment.new_release)
             if any(present.values()):
                 changes.insert(0, Change(deployment.new_release, dict.fromkeys(present, 0)))

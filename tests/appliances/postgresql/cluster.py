@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from psycopg import AsyncConnection
@@ -46,9 +47,11 @@ class Node:
     ca: ClusterCA
     discoverd: str
     port: int = field(default_factory=free_port)
+    job_id: str = ""
     process: asyncio.subprocess.Process | None = None
 
     def __post_init__(self) -> None:
+        self.job_id = f"host{self.number}-{uuid4()}"
         (self.directory / "data").mkdir(parents=True)
         self.ca.issue_job("postgres", "postgres", "postgres", ["127.0.0.1"]).write(self.directory / "identity")
 
@@ -72,7 +75,7 @@ class Node:
                     "PATH": os.environ["PATH"],
                     "FLYNN_IDENTITY": str(self.directory / "identity"),
                     "FLYNN_APP_NAME": "postgres",
-                    "FLYNN_JOB_ID": f"host{self.number}-job",
+                    "FLYNN_JOB_ID": self.job_id,
                     "FLYNN_RELEASE_ID": "r1",
                     "FLYNN_PROCESS_TYPE": "postgres",
                     "EXTERNAL_IP": "127.0.0.1",
@@ -108,7 +111,14 @@ class Node:
 class Cluster:
     nodes: list[Node]
     registry: Discoverd
-    identity: Identity
+    identity: Identity  # of the controller
+
+    def add(self) -> Node:
+        """A place for one more peer, which is not started."""
+        first = self.nodes[0]
+        node = Node(first.root, len(self.nodes) + 1, first.ca, first.discoverd)
+        self.nodes.append(node)
+        return node
 
     async def state(self) -> ClusterState | None:
         meta = await self.registry.get_meta("postgres")
@@ -147,7 +157,10 @@ class Cluster:
         """A writable primary with a sync that has caught up, and a chain of asyncs that receive."""
         try:
             state = await self.state()
-            if state is None or state.sync is None or len(state.asyncs or []) != size - 2 or state.deposed:
+            if state is None or state.sync is None or len(state.asyncs or []) != size - 2:
+                return False
+            there = {instance.addr for instance in await self.registry.instances("postgres")}
+            if any(peer.addr in there for peer in state.deposed):
                 return False
             chain = [state.primary, state.sync, *(state.asyncs or [])]
             seen = [await self.status(self.at(peer)) for peer in chain]
