@@ -23,7 +23,8 @@ from flynn.types.host import META_APP, ActiveJob, AttachFlag, AttachReq, JobStat
 log = logging.getLogger(__name__)
 
 EARLY_FRAMES = 64  # what a client may send before its job runs
-BATCH_BYTES = 256 << 10
+FRAME_BYTES = 32 << 10  # of lines in one frame, which a line more may exceed
+BATCH_FRAMES = 8
 
 FindJob = Callable[[str], ActiveJob | None]
 
@@ -66,7 +67,8 @@ class _Client:
 
     def __init__(self, connection: RawConnection) -> None:
         self._connection = connection
-        self._frames: asyncio.Queue[ClientFrame] = asyncio.Queue(EARLY_FRAMES)
+        self._frames: asyncio.Queue[ClientFrame | None] = asyncio.Queue(EARLY_FRAMES)  # None: the last one was before
+        self._over = False
         self.gone = asyncio.Event()  # nothing more will come from it: closed, broken, or it violated the protocol
 
     async def read(self) -> None:
@@ -80,20 +82,13 @@ class _Client:
             pass
         finally:
             self.gone.set()
+        await self._frames.put(None)
 
     async def next(self) -> ClientFrame | None:
         """Return the next frame, None when no more will come."""
-        if self._frames.empty() and not self.gone.is_set():
-            getter = asyncio.ensure_future(self._frames.get())
-            gone = asyncio.ensure_future(self.gone.wait())
-            try:
-                await asyncio.wait((getter, gone), return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    return getter.result()
-            finally:
-                getter.cancel()
-                gone.cancel()
-        return None if self._frames.empty() else self._frames.get_nowait()
+        frame = None if self._over else await self._frames.get()
+        self._over = frame is None
+        return frame
 
     async def send(self, *frames: Frame) -> None:
         self._connection.write(b"".join(attach.encode(frame) for frame in frames))
@@ -232,9 +227,9 @@ class _Attachment:
                 raise _ClientGone  # one that sends stdin may close its side and still listen
 
     async def _send_lines(self, reader: LogReader) -> None:
-        """Send what the log holds of this job by now, in batches."""
-        job_id, batch, size = self._job_id.encode(), list[Frame](), 0
-        wanted = {
+        """Send what the log holds of this job by now. Lines that follow each other on one stream share a frame."""
+        job_id = self._job_id.encode()
+        wanted = [
             stream
             for flag, stream in (
                 (AttachFlag.STDOUT, Stream.STDOUT),
@@ -242,16 +237,26 @@ class _Attachment:
                 (AttachFlag.INIT_LOG, Stream.INIT_LOG),
             )
             if self._asked(flag)
-        }
+        ]
+        frames, lines, size = list[Frame](), list[bytes](), 0
+        process, stream, ours = b"", None, False
         for line in reader.available():
-            if line.stream in wanted and line.stream is not None and line.of_job(job_id):
-                batch.append(Data(line.stream, line.text + b"\n"))
-                size += len(line.text)
-                if size > BATCH_BYTES:
-                    await self._client.send(*batch)
-                    batch, size = [], 0
-        if batch:
-            await self._client.send(*batch)
+            if line.process is not process or line.stream is not stream or size > FRAME_BYTES:
+                if lines and stream is not None:
+                    frames.append(Data(stream, b"".join(lines)))
+                    lines, size = [], 0
+                    if len(frames) >= BATCH_FRAMES:
+                        await self._client.send(*frames)
+                        frames = []
+                process, stream = line.process, line.stream
+                ours = stream in wanted and line.of_job(job_id)
+            if ours:
+                lines += (line.text, b"\n")
+                size += len(line.text) + 1
+        if lines and stream is not None:
+            frames.append(Data(stream, b"".join(lines)))
+        if frames:
+            await self._client.send(*frames)
 
     # Raw output
 

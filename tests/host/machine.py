@@ -34,7 +34,9 @@ class TestMachine:
         self.directory, self.image, self.provider = directory, image, provider
         self.name = f"fht{os.getpid()}x{number}"
         self.cable = f"fhv{os.getpid() % 100000}x{number}"
-        self.ip, self.outside = f"10.214.{number}.2", f"10.214.{number}.1"
+        # Several runs share a machine: the addresses are this process's own.
+        third = os.getpid() % 64 * 4 + number
+        self.ip, self.outside = f"10.214.{third}.2", f"10.214.{third}.1"
         self.state, self.config, self.console = directory / "state", directory / "config", directory / "console"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -63,6 +63,37 @@ def test_whatever_a_line_holds_comes_back(texts: list[bytes], stream: Stream) ->
         assert (found.text, found.stream) == (text, stream)
 
 
+@given(st.lists(st.binary(max_size=50), min_size=1), st.integers(1, 1100), st.sampled_from(list(record.MESSAGE_IDS)))
+def test_lines_read_together_are_numbered_one_by_one(texts: list[bytes], number: int, stream: Stream) -> None:
+    texts = [text.replace(b"\n", b"") for text in texts]
+    header = SOURCE.header()
+    together = record.encode_all(header, stream, (MOMENT, number), texts)
+    assert together == b"".join(
+        record.encode(header, stream, (MOMENT, number + n), text) for n, text in enumerate(texts)
+    )
+
+
+def test_what_neighbours_share_is_not_carried_over_to_others() -> None:
+    decoder = record.Decoder()
+    other = Source("host2", OTHER, "worker", "host2-1").header()
+    found = [
+        decoder.decode(line[:-1])
+        for line in (
+            SPECIMEN,
+            record.encode(other, Stream.STDERR, (MOMENT + 1, 43), b"a"),
+            b"12 [flynn seq=\n",
+            b'17  [flynn seq="44"]\n',
+            SPECIMEN,
+        )
+    ]
+    assert found[0] == found[4] == record.decode(SPECIMEN[:-1])
+    assert found[1] is not None
+    assert (found[1].cursor, found[1].app_id, found[1].process, found[1].stream) == (
+        (MOMENT + 1, 43), OTHER.encode(), b"worker.host2-1", Stream.STDERR,
+    )  # fmt: skip
+    assert found[2:4] == [None, None]
+
+
 @given(st.lists(st.binary(max_size=30)))
 def test_lines_do_not_depend_on_how_they_arrive(chunks: list[bytes]) -> None:
     splitter = LineSplitter()

@@ -86,9 +86,8 @@ class Capture:
     def _write(self, stream: Stream, lines: list[bytes]) -> None:
         if not lines:
             return
-        stamp = self._directory.stamp
         try:
-            self._log.append(b"".join([record.encode(self._header, stream, stamp(), line) for line in lines]))
+            self._log.append(record.encode_all(self._header, stream, self._directory.stamp(len(lines)), lines))
             self._failing = False
         except OSError as error:
             self._complain(error)

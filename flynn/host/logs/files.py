@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flynn.host.logs import record
-from flynn.host.logs.record import Cursor, Record
+from flynn.host.logs.record import Cursor, Decoder, Record
 
 ROTATE_BYTES = 100 << 20
 CHUNK_BYTES = 64 << 10
@@ -97,6 +96,7 @@ class LogReader:
         self._generation = log.generation
         self._descriptor: int | None = None
         self._rest = b""
+        self._decoder = Decoder()
         if history:
             self.changed.set()
         else:
@@ -107,6 +107,7 @@ class LogReader:
     def available(self, *, after: Cursor = (0, 0)) -> Iterator[Record]:
         """Yield the records not read yet that come after a cursor, until the present end of the log."""
         self.changed.clear()
+        decode = self._decoder.decode
         while True:
             if self._descriptor is None and not self._next_file(after):
                 return
@@ -118,9 +119,10 @@ class LogReader:
                     self.close_file()
                     continue
                 return
-            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            lines = (self._rest + chunk).split(b"\n")
+            self._rest = lines.pop()
             for line in lines:
-                found = record.decode(line)
+                found = decode(line)
                 if found is not None and found.cursor > after:
                     yield found
 
@@ -181,11 +183,12 @@ class LogDirectory:
         """Return the ids of the apps that have logged since the start of the daemon."""
         return {key for key in self._logs if key != NO_APP}
 
-    def stamp(self) -> Cursor:
-        """Return the cursor of the next line: time never goes back within a daemon's life."""
+    def stamp(self, lines: int = 1) -> Cursor:
+        """Return the cursor of the next of so many lines: time never goes back within a daemon's life."""
         self._last = max(self._last, time.time_ns() // 1000)
-        self._sequence += 1
-        return self._last, self._sequence
+        first = self._sequence + 1
+        self._sequence += lines
+        return self._last, first
 
     def appended(self, app_id: str) -> None:
         """Tell those who follow all apps."""

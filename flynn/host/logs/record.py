@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+
+import msgspec
 
 from flynn.host.attach import Stream
 
@@ -35,8 +38,7 @@ class Source:
         return f"{self.host_id or '-'} {self.app_id or '-'} {process}".encode()
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False):  # made for every line, so it has to be cheap
     """A line read back. `message` is the whole RFC 5424 message without framing."""
 
     cursor: Cursor
@@ -52,29 +54,62 @@ class Record:
 
 def encode(header: bytes, stream: Stream, cursor: Cursor, text: bytes) -> bytes:
     """Return the framed record of one line, with the newline that follows each record on disk."""
-    stamp, number = timestamp(cursor[0]), cursor[1]
-    message = b'%s %s %s %s [flynn seq="%d"]' % (PRIORITY, stamp, header, MESSAGE_IDS[stream], number)
-    if text:
-        message += b" " + text
-    return b"%d %s\n" % (len(message), message)
+    return encode_all(header, stream, cursor, [text])
+
+
+def encode_all(header: bytes, stream: Stream, first: Cursor, texts: Sequence[bytes]) -> bytes:
+    """Return the records of lines that were read together: at the same moment, numbered from the first one's on."""
+    moment, number = first
+    digits = len(str(number))
+    if len(texts) > 1 and len(str(number + len(texts) - 1)) > digits:  # rare: 99, 100
+        same = 10**digits - number
+        rest = encode_all(header, stream, (moment, number + same), texts[same:])
+        return encode_all(header, stream, first, texts[:same]) + rest
+    lead = b'%s %s %s %s [flynn seq="' % (PRIORITY, timestamp(moment), header, MESSAGE_IDS[stream])
+    empty = len(lead) + digits + len('"]')
+    return b"".join(
+        [
+            b'%d %s%d"] %s\n' % (empty + 1 + len(text), lead, n, text) if text else b'%d %s%d"]\n' % (empty, lead, n)
+            for n, text in enumerate(texts, number)
+        ]
+    )
+
+
+class Decoder:
+    """Reads the lines of a log file. What neighbours have in common (all but number and text) is taken apart once."""
+
+    def __init__(self) -> None:
+        self._lead: bytes | None = None
+        self._moment = 0
+        self._app_id, self._process = b"", b""
+        self._stream: Stream | None = None
+
+    def decode(self, line: bytes) -> Record | None:
+        """Read one line; None when it is damaged (cut off by a crash) or not one of ours."""
+        length, _, message = line.partition(b" ")
+        if not length.isdigit() or int(length) != len(message):
+            return None
+        lead, found, rest = message.partition(b' [flynn seq="')
+        number, quote, text = rest.partition(b'"]')
+        if not found or not quote or not number.isdigit() or (lead != self._lead and not self._take_apart(lead)):
+            return None
+        return Record((self._moment, int(number)), self._app_id, self._process, self._stream, text[1:], message)
+
+    def _take_apart(self, lead: bytes) -> bool:
+        parts = lead.split(b" ")
+        if len(parts) != 6 or parts[0] != PRIORITY:
+            return False
+        moment = microseconds(parts[1])
+        if moment is None:
+            return False
+        self._lead, self._moment, self._app_id, self._process = lead, moment, parts[3], parts[4]
+        self._stream = _STREAMS.get(parts[5])
+        return True
 
 
 def decode(line: bytes) -> Record | None:
-    """Read one line of a log file; None when it is damaged (cut off by a crash) or not one of ours."""
-    length, _, message = line.partition(b" ")
-    if not length.isdigit() or int(length) != len(message):
-        return None
-    parts = message.split(b" ", 6)
-    if len(parts) != 7 or parts[0] != PRIORITY:
-        return None
-    _, stamp, _, app_id, process, message_id, rest = parts
-    if not rest.startswith(b'[flynn seq="'):
-        return None
-    number, quote, text = rest[12:].partition(b'"]')
-    moment = microseconds(stamp)
-    if not quote or not number.isdigit() or moment is None:
-        return None
-    return Record((moment, int(number)), app_id, process, _STREAMS.get(message_id), text[1:], message)
+    """Read a single line, see `Decoder`."""
+    return Decoder().decode(line)
 
 
 def timestamp(moment: int) -> bytes:
@@ -103,13 +138,10 @@ class LineSplitter:
         return self._rest
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        *whole, self._rest = (self._rest + chunk).split(b"\n")
-        lines: list[bytes] = []
-        for line in whole:
-            if len(line) > MAX_LINE_BYTES:
-                lines += pieces(line)
-            else:
-                lines.append(line)
+        lines = (self._rest + chunk).split(b"\n")
+        self._rest = lines.pop()
+        if max(map(len, lines), default=0) > MAX_LINE_BYTES:
+            lines = [piece for line in lines for piece in pieces(line)]
         while len(self._rest) > MAX_LINE_BYTES:
             lines.append(self._rest[:MAX_LINE_BYTES])
             self._rest = self._rest[MAX_LINE_BYTES:]
@@ -122,4 +154,5 @@ class LineSplitter:
 
 
 def pieces(line: bytes) -> list[bytes]:
-    return [line[start : start + MAX_LINE_BYTES] for start in range(0, len(line), MAX_LINE_BYTES)]
+    """Return a line in parts of at most `MAX_LINE_BYTES`; at least one, which may be empty."""
+    return [line[start : start + MAX_LINE_BYTES] for start in range(0, max(len(line), 1), MAX_LINE_BYTES)]
