@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from flynn.aio.broadcast import Broadcast, Closed, Overflowed
@@ -42,6 +43,7 @@ DIRECTORIES = access("operator", "host", "app:discoverd")
 HOSTS = access("operator", "host")
 
 MAX_JOIN_BYTES = 4096
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 EVENTS_BEHIND = 5000  # a reader this far behind is cut off; it relists when it comes back
 
 
@@ -136,11 +138,9 @@ class HostApi:
         await self._runner.stop(request.path("id"))
 
     async def _signal_job(self, request: Request) -> None:
-        try:
-            number = int(request.path("signal"))
-        except ValueError:
-            raise ValidationError("", "sig must be an integer", {"field": "sig"}) from None
-        await self._runner.signal(request.path("id"), number)
+        if _INTEGER.fullmatch(number := request.path("signal")) is None:  # `int` takes other scripts' digits, too
+            raise ValidationError("", "sig must be an integer", {"field": "sig"})
+        await self._runner.signal(request.path("id"), int(number))
 
     async def _deregister_job(self, request: Request) -> None:
         await self._runner.deregister(request.path("id"))
@@ -238,8 +238,10 @@ class HostApi:
             raise ValidationError("", f"must be able to accept {kind}")
         haves = await request.body(list[dict[str, str]])
         ids = [have["snap_id"] for have in haves if "snap_id" in have]
-        self._volumes.get(request.path("id"))  # unknown is 404, not a stream that breaks off
-        return Streaming(self._volumes.send(request.path("id"), ids), kind)
+        chunks = self._volumes.send(request.path("id"), ids)
+        # The first piece before the headers: what cannot be sent at all is refused, not a stream that breaks off.
+        first = await anext(chunks, b"")
+        return Streaming(_resumed(first, chunks), kind)
 
     # Sinks
 
@@ -268,6 +270,13 @@ def is_free(port: ResourceCheckPort) -> bool:
         except (OSError, OverflowError):
             return False
     return True
+
+
+async def _resumed(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
 
 
 async def _stream(events: Broadcast[Any], of_job: str | None = None) -> EventStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 
 DISCOVERD_PORT = 1111
+_ADDRESS = re.compile(r"(?:https?://)?[A-Za-z0-9._-]+:(?P<port>[0-9]{1,5})")
 
 
 class Discovery:
@@ -38,8 +40,8 @@ class Discovery:
             ValidationError: the addresses make no sense.
         """
         for address in filter(None, config.url.split(",")):
-            host, colon, port = address.removeprefix("http://").removeprefix("https://").rpartition(":")
-            if not host or not colon or not port.isdigit():
+            match = _ADDRESS.fullmatch(address)
+            if match is None or not 0 < int(match["port"]) < 65536:
                 raise ValidationError("url", f"must be a list of host:port, not {address!r}")
         before = self.config or DiscoverdConfig()
         merged = replace(

@@ -154,11 +154,11 @@ class JoinTokens:
 
     async def create(self, request: TokenRequest) -> tuple[str, KeptToken]:
         """A new secret, and what is kept of it. Raises ValidationError."""
-        lifetime = timedelta(seconds=request.ttl)
-        if not timedelta(0) < lifetime <= MAX_LIFETIME:
+        if not 0 < request.ttl <= MAX_LIFETIME.total_seconds():
             raise ValidationError("ttl", f"must be between 1 second and {MAX_LIFETIME.days} days")
         if not 0 < request.uses <= MAX_USES:
             raise ValidationError("uses", f"must be between 1 and {MAX_USES}")
+        lifetime = timedelta(seconds=request.ttl)
         await self._forget_old()
         name, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
         token = KeptToken(

@@ -20,7 +20,7 @@ from flynn.host.update import Update
 from flynn.host.volumes.book import META_SNAPSHOT_OF, VolumeBook
 from flynn.http.client import HttpClient
 from flynn.identity import Identity
-from flynn.types.errors import ApiError, NotFound, ValidationError
+from flynn.types.errors import ApiError, NotFound, ServiceUnavailable, Unreachable, ValidationError
 from flynn.types.host import DiscoverdConfig, HostStatus, NetworkConfig
 from flynn.types.instance import EventKind, Instance
 from flynn.types.volume import PullCoordinate, VolumeInfo
@@ -117,9 +117,12 @@ class Node:
 
     async def set_tags(self, tags: Mapping[str, str]) -> None:
         """Merge tags; an empty value deletes one."""
-        for key, value in tags.items():
-            if not key or any(character in key for character in "=,\n"):
+        for key, value in tags.items():  # all of them, before any is taken over
+            if not key or not key.isprintable() or any(character in key for character in "=,"):
                 raise ValidationError("tags", f"cannot have the key {key!r}")
+            if not value.isprintable():
+                raise ValidationError(key, f"cannot be tagged {value!r}")
+        for key, value in tags.items():
             if value:
                 self._tags[key] = value
             else:
@@ -164,10 +167,16 @@ class Node:
 
         Raises:
             NotFound: no such host, or it has no such snapshot.
-            ServiceUnavailable: discoverd is not known yet.
+            ServiceUnavailable: discoverd is not known yet, or does not answer.
         """
+        for field, text in (("host_id", source.host_id), ("snapshot_id", source.snapshot_id)):
+            if not text:
+                raise ValidationError(field, "must be set")
         self._volumes.get(volume_id)
-        hosts = await self._discovery.registry.instances(SERVICE)
+        try:
+            hosts = await self._discovery.registry.instances(SERVICE)
+        except Unreachable as error:
+            raise ServiceUnavailable(f"discoverd does not say where hosts are: {error.message}") from error
         address = next((host.addr for host in hosts if host.meta.get("id") == source.host_id), None)
         if address is None:
             raise NotFound(f'no host with id "{source.host_id}"')

@@ -49,6 +49,20 @@ from flynn.version import VERSION
 
 log = logging.getLogger(__name__)
 
+
+class _Malformed(logging.Filter):
+    """Makes one plain line of what the library reports at length: bytes that are no request are no failure of ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+            reason = " ".join(record.exc_info[1].message.split())[:200]
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg, record.args, record.exc_info = f"malformed request: {reason}", (), None
+        return True
+
+
+logging.getLogger("aiohttp.server").addFilter(_Malformed())
+
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -452,7 +466,7 @@ async def _send_chunks(raw: web.Request, result: Streaming, extra: Mapping[str, 
         log.error("a streamed answer broke off", extra={"path": raw.path, "error": repr(error)})
         if raw.transport is not None:
             raw.transport.close()
-        raise ConnectionError("broken off") from error
+        return response
     finally:
         # The client may have left between two pieces; a generator is to end now, not when it is collected.
         if isinstance(result.chunks, AsyncGenerator):

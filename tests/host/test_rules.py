@@ -33,7 +33,7 @@ from flynn.host.main import cli
 from flynn.host.networking import Subnet
 from flynn.host.runtime.spec import DEFAULT_CAPABILITIES, Limits
 from flynn.host.services.health import Change, Check, Health, UnknownCheck, observe, pause
-from flynn.types.codec import Nanoseconds, encode, replace
+from flynn.types.codec import Json, Nanoseconds, convert, encode, replace
 from flynn.types.errors import Conflict, ValidationError
 from flynn.types.host import (
     ActiveJob,
@@ -137,6 +137,29 @@ def test_a_volume_is_free_again_when_its_job_is_down() -> None:
 def test_refused(job: HostJob, error: type[Exception]) -> None:
     with pytest.raises(error):
         admission.check(job, {"h-1": STARTING})
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        pytest.param({"id": ".."}, "id", id="an id that is a path"),
+        pytest.param({"id": "h-\u0660"}, "id", id="an id no cgroup can have"),
+        pytest.param({"resources": {"memory": {"limit": -1}}}, "resources.memory.limit", id="a negative limit"),
+        pytest.param({"config": {"ports": [{"port": 65536}]}}, "config.ports[0].port", id="a port beyond the last"),
+        pytest.param({"config": {"uid": -1}}, "config.uid", id="a negative user"),
+        pytest.param({"config": {"args": ["a", "b\0"]}}, "config.args[1]", id="a NUL in an argument"),
+        pytest.param({"config": {"env": {"A=B": "c"}}}, "config.env", id="a variable that cannot be named so"),
+        pytest.param({"config": {"mounts": [{"target": "/\0"}]}}, "config.mounts[0].target", id="a NUL in a mount"),
+        pytest.param(
+            {"config": {"allowed_devices": [{"type": 1}]}}, "config.allowed_devices[0].type", id="a device of no kind"
+        ),
+    ],
+)
+def test_values_no_kernel_takes_are_refused_by_the_name_of_their_field(fields: dict[str, Json], field: str) -> None:
+    job = convert({"id": "h-2", "mountspecs": [{"type": "squashfs"}], **fields}, HostJob)
+    with pytest.raises(ValidationError) as refusal:
+        admission.check(job, {})
+    assert refusal.value.detail == {"field": field}
 
 
 # Environment

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # it names a directory or a data set
 META_SNAPSHOT_OF = "flynn.snapshot-of"
 META_QUOTA = "flynn.quota"  # bytes; what a creator may ask for
 
@@ -88,8 +90,8 @@ class VolumeBook:
         """
         provider = await _translated(self._opened(provider_name))
         volume_id = request.id or self._new_id()
-        if "/" in volume_id or "@" in volume_id or volume_id.startswith((".", "-")):
-            raise ValidationError("id", "must be a plain name")
+        if _ID.fullmatch(volume_id) is None:
+            raise ValidationError("id", "must be a plain name of up to 200 letters, digits, dots, dashes, underscores")
         quota = request.meta.get(META_QUOTA, "")
         if quota and not quota.isdigit():
             raise ValidationError("meta", f"{META_QUOTA} must be a number of bytes")
@@ -139,11 +141,12 @@ class VolumeBook:
             place = await _translated(self._provider(volume.provider).snapshot(volume.place, snapshot_id))
             return await self._record(self._as_snapshot(volume, snapshot_id, place))
 
-    async def send(self, volume_id: str, haves: list[str]) -> AsyncIterator[bytes]:
+    async def send(self, volume_id: str, haves: list[str]) -> AsyncGenerator[bytes, None]:
         """Stream a snapshot, as a difference when the receiver's last snapshot is one of ours."""
         volume = self._kept(volume_id)
         base = self._volumes.get(haves[-1]) if haves else None
-        async for chunk in self._provider(volume.provider).send(volume.place, base.place if base else None):
+        chunks = self._provider(volume.provider).send(volume.place, base.place if base else None)
+        while chunk := await _translated(anext(chunks, b"")):
             yield chunk
 
     async def receive(self, volume_id: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> VolumeInfo:

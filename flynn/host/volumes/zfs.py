@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flynn.host.volumes import fuse
 from flynn.host.volumes.commands import failure, run
-from flynn.host.volumes.provider import VolumeBusy, VolumeError, VolumeGone
+from flynn.host.volumes.provider import Unsupported, VolumeBusy, VolumeError, VolumeGone
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class ZfsProvider:
     async def send(self, place: str, base: str | None) -> AsyncIterator[bytes]:
         origin = (await run("zfs", "get", "-H", "-o", "value", "origin", place)).strip()
         if origin in ("", "-"):
-            raise VolumeError("can only send a snapshot")
+            raise Unsupported("can only send a snapshot")
         argv = ["zfs", "send"]
         if base is not None:
             argv += ["-i", "@" + (await run("zfs", "get", "-H", "-o", "value", "origin", base)).strip().split("@")[1]]
