@@ -95,10 +95,12 @@ class Update:
             PreconditionFailed: the new program does not prove itself; its words are in the message.
         """
         path, args = command.path or self._called, command.args or ["daemon", *flags]
-        if not os.path.isabs(path) or not os.access(path, os.X_OK) or not os.path.isfile(path):
+        if "\0" in path or not os.path.isabs(path) or not os.access(path, os.X_OK) or not os.path.isfile(path):
             raise ValidationError("path", f"must be the absolute path of a program, not {path!r}")
         if args[:1] != ["daemon"]:
             raise ValidationError("args", 'must begin with "daemon"')
+        if any("\0" in argument for argument in args):
+            raise ValidationError("args", "contain a NUL")
         if self._busy:
             raise Conflict("an update is going on")
         self._busy = True

@@ -30,6 +30,7 @@ from flynn.types.host import (
     AttachReq,
     ContainerConfig,
     DiscoverdConfig,
+    HostCommand,
     HostJob,
     JobStatus,
     Mountspec,
@@ -60,6 +61,7 @@ TAKES: dict[tuple[str, str], Any] = {
     ("POST", "/host/network"): NetworkConfig,
     ("POST", "/host/resource-check"): ResourceCheck,
     ("POST", "/host/tags"): dict[str, str],
+    ("POST", "/host/update"): HostCommand,
     ("POST", "/host/pull/images"): None,
     ("POST", "/host/drain"): Drain,
     ("POST", "/host/tokens"): TokenRequest,
@@ -76,7 +78,7 @@ TAKES: dict[tuple[str, str], Any] = {
 
 def endpoints() -> list[Endpoint]:
     nobody = cast(Any, None)
-    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining", "releases")
+    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining", "releases", "update")
     return HostApi(**dict.fromkeys(parts, nobody)).api().endpoints
 
 
@@ -231,6 +233,9 @@ CONTENT_TYPES = ("application/json", "application/json", "application/json; char
 SAFE_SIGNALS = ("0", "-1", "65", "28", "9" * 30, "x", "1.5", "%EF%BC%91", "0x9", "", "%00", "9%00")
 
 
+shaped_commands = bodies.shaped(HostCommand).map(lambda command: {**command, "path": command.get("path") or "/none"})
+
+
 @st.composite
 def requests(
     draw: st.DrawFn, endpoint: Endpoint, job_id: str, image: Mountspec
@@ -254,7 +259,9 @@ def requests(
     body: bytes | None = None
     if (endpoint.method, endpoint.path) in TAKES:
         choices = [bodies.raw_bodies(kind)]
-        if kind is HostJob:
+        if kind is HostCommand:  # never one without a path, which would replace the daemon
+            choices = [bodies.spoiled(shaped_commands).map(bodies.written), shaped_commands.map(bodies.written)]
+        elif kind is HostJob:
             choices += [nearly_good_jobs(image)] * 3
         elif kind is not None:
             choices += [bodies.shaped(kind).map(bodies.written)]
