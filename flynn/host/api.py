@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from flynn.aio.broadcast import Broadcast, Closed, Overflowed
 from flynn.host.attaching import Attachments
 from flynn.host.jobs.book import JobBook
+from flynn.host.jobs.fence import Fence
 from flynn.host.joining import Authority, Joining, JoinRequest, TokenCreated, TokenRequest, Welcome
 from flynn.host.logs.sinks import Sinks
 from flynn.host.node import Node
@@ -22,6 +24,7 @@ from flynn.identity.access import ANYONE, access
 from flynn.types.codec import Wire, always, decode, replace
 from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
 from flynn.types.host import (
+    TERM_HEADER,
     ActiveJob,
     AttachReq,
     DiscoverdConfig,
@@ -34,6 +37,8 @@ from flynn.types.host import (
 )
 from flynn.types.sink import Sink, SinkInfo
 from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeInfo, VolumeRequest
+
+T = TypeVar("T")
 
 OPERATORS = access("operator", "host", "app:controller")
 JOB_MAKERS = access("operator", "host", "app:controller", "app:gitreceive", "app:taffy")
@@ -72,16 +77,17 @@ class HostApi:
         self._node, self._book, self._runner = node, book, runner
         self._attachments, self._volumes, self._sinks = attachments, volumes, sinks
         self._joining, self._releases, self._update = joining, releases, update
+        self._fence = Fence()
 
     def api(self) -> Api:
         """Return the table of endpoints."""
         api = Api("flynn-host")
-        api.route("GET", "/host/jobs", self._jobs, allow=JOB_MAKERS)
+        api.route("GET", "/host/jobs", self._fenced(self._jobs), allow=JOB_MAKERS)
         api.route("GET", "/host/jobs/{id}", self._job, allow=JOB_MAKERS)
-        api.route("PUT", "/host/jobs/{id}", self._add_job, allow=JOB_MAKERS)
-        api.route("DELETE", "/host/jobs/{id}", self._stop_job, allow=JOB_MAKERS)
+        api.route("PUT", "/host/jobs/{id}", self._fenced(self._add_job), allow=JOB_MAKERS)
+        api.route("DELETE", "/host/jobs/{id}", self._fenced(self._stop_job), allow=JOB_MAKERS)
         api.route("PUT", "/host/jobs/{id}/signal/{signal}", self._signal_job, allow=JOB_MAKERS)
-        api.route("PUT", "/host/jobs/{id}/discoverd-deregister", self._deregister_job, allow=OPERATORS)
+        api.route("PUT", "/host/jobs/{id}/discoverd-deregister", self._fenced(self._deregister_job), allow=OPERATORS)
         api.route("POST", "/attach", self._attach, allow=JOB_MAKERS)
         api.route("GET", "/host/status", self._status, allow=READERS)
         api.route("POST", "/host/discoverd", self._configure_discoverd, allow=DIRECTORIES)
@@ -95,7 +101,7 @@ class HostApi:
         api.route("GET", "/host/ca", self._authority, allow=ANYONE)
         api.route("POST", "/host/join", self._join, allow=ANYONE, max_body_bytes=MAX_JOIN_BYTES)  # the secret decides
         api.route("POST", "/storage/providers", self._create_provider, allow=HOSTS)
-        api.route("POST", "/storage/providers/{provider}/volumes", self._create_volume, allow=JOB_MAKERS)
+        api.route("POST", "/storage/providers/{provider}/volumes", self._fenced(self._create_volume), allow=JOB_MAKERS)
         api.route("GET", "/storage/volumes", self._list_volumes, allow=JOB_MAKERS)
         api.route("GET", "/storage/volumes/{id}", self._volume, allow=JOB_MAKERS)
         api.route("DELETE", "/storage/volumes/{id}", self._destroy_volume, allow=JOB_MAKERS)
@@ -112,6 +118,17 @@ class HostApi:
         self._book.events.close()
         self._volumes.events.close()
         self._attachments.hang_up()
+
+    def _fenced(self, handler: Callable[[Request], Awaitable[T]]) -> Callable[[Request], Awaitable[T]]:
+        """Ask first whether the scheduler that sends the request still leads; others carry no term."""
+
+        async def handle(request: Request) -> T:
+            term = request.header(TERM_HEADER)
+            if term.isdecimal():
+                self._fence.admit(int(term), time.monotonic())
+            return await handler(request)
+
+        return handle
 
     # Jobs
 

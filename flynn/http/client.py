@@ -13,7 +13,7 @@ import base64
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -90,6 +90,7 @@ class HttpClient:
         timeout: float = 30.0,
         retry: Retry | None = None,
         headers: Mapping[str, str] | None = None,
+        live_headers: Callable[[], Mapping[str, str]] | None = None,
         host_header: str = "",
     ) -> None:
         """
@@ -98,6 +99,7 @@ class HttpClient:
             connect_to: `host:port` to connect to instead of what the URL's name resolves to.
             timeout: seconds for a whole plain call, connecting included. Streams only limit silence.
             retry: None = every call is tried once.
+            live_headers: asked for what to send besides `headers`, at each request.
             host_header: the site to ask for, when it is not the URL's.
         """
         split = urlsplit(base_url)
@@ -109,6 +111,7 @@ class HttpClient:
             self._headers["Host"] = self._host
         if auth is not None:
             self._headers["Authorization"] = auth.header()
+        self._live_headers = live_headers
         self._tls = tls
         self._timeout = timeout
         self._retry = retry
@@ -341,12 +344,13 @@ class HttpClient:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if not isinstance(timeout, aiohttp.ClientTimeout):
             timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(CONNECT_SECONDS, timeout))
+        live = self._live_headers() if self._live_headers is not None else {}
         with _translated(f"{method} {self.base_url}{path}"):
             response = await self._open().request(
                 method,
                 URL(self.base_url + path, encoded=True),
                 params=params,
-                headers={**self._headers, **headers},
+                headers={**self._headers, **live, **headers},
                 data=body,
                 timeout=timeout,
                 ssl=self._ssl(),

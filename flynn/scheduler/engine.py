@@ -36,6 +36,7 @@ from flynn.scheduler.events import (
     JobsListed,
     LeadershipChanged,
     ListingFailed,
+    Overruled,
     RecordsListed,
     RecordsUnavailable,
     Resync,
@@ -62,6 +63,7 @@ from flynn.scheduler.volumes import VolumeBook
 log = logging.getLogger(__name__)
 
 SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger leaves a formation wrong for good
+CLAIM_AGAIN = timedelta(seconds=60)  # hosts remember a leader that is silent for 75 s
 
 FORMATIONS = "formations"
 RECORDS = "records"
@@ -79,6 +81,7 @@ class Engine:
         self._hosts = HostWatch(self._desk, self._jobs)
         self._placing = Placing(self._desk, self._jobs, self._volumes, self._restarts)
         self._balance = Balance(self._desk, self._jobs, self._placing)
+        self._elected = False  # the directory says that we lead
         self._awaited: set[str] = set()  # what has to be listed before a new leader acts, but for the jobs of hosts
         self._records: RecordsListed | None = None
 
@@ -117,7 +120,10 @@ class Engine:
     def _handle(self, event: Event, now: datetime) -> None:
         match event:
             case LeadershipChanged(leader):
+                self._elected = leader
                 self._lead(now) if leader else self._follow()
+            case Overruled():
+                self._overruled(now)
             case HostSeen():
                 self._hosts.seen(event, now)
             case HostGone(host):
@@ -214,6 +220,13 @@ class Engine:
         self._balance.forget()
         self._awaited.clear()
 
+    def _overruled(self, now: datetime) -> None:
+        """A host has heard of a later leader. If that is nobody's word any more, it will forget it."""
+        if self.leader:
+            log.warning("another scheduler leads, as a host says")
+            self._follow()
+            self._desk.arm(now + CLAIM_AGAIN, Timer.CLAIM)
+
     # Decisions
 
     def _reconcile(self, now: datetime) -> None:
@@ -251,6 +264,9 @@ class Engine:
                 self._hosts.check_again(HostID(id))
             case Timer.SUCCESSOR:
                 self._restarts.give_up_successors(now)
+            case Timer.CLAIM:
+                if self._elected:
+                    self._lead(now)
             case Timer.STEADY:
                 self._desk.mark_all()
             case Timer.BALANCE:

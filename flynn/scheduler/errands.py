@@ -7,11 +7,11 @@ import logging
 from datetime import timedelta
 
 from flynn.scheduler import wire
-from flynn.scheduler.events import StartDone, StartJob, StopDone, StopJob
+from flynn.scheduler.events import Overruled, StartDone, StartJob, StopDone, StopJob
 from flynn.scheduler.host_links import QUICK, HostLinks
 from flynn.scheduler.model import JobID, VolumeState
 from flynn.scheduler.neighbours import HostApi, Tell
-from flynn.types.errors import ApiError, Conflict, NotFound
+from flynn.types.errors import ApiError, Conflict, NotFound, PreconditionFailed
 from flynn.types.host import HostJob
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ class Errands:
                         await api.create_volume(wire.volume_request(volume))
                         created.append(volume.id)
                 await _add_job(api, asked)
+        except PreconditionFailed as failure:
+            error = str(failure)
+            await self._tell(Overruled())
         except (ApiError, TimeoutError) as failure:
             error = str(failure) or "timed out"
         except KeyError:
@@ -57,6 +60,8 @@ class Errands:
             if action.serves:
                 await self._take_out_of_service(api, action, cluster_id)
             await api.stop_job(cluster_id)
+        except PreconditionFailed:
+            await self._tell(Overruled())
         except ApiError as error:
             # The next listing of the host tells whether there is still something to stop.
             log.info("stop failed", extra={"job": cluster_id, "error": error})
@@ -72,6 +77,8 @@ class Errands:
                 await drained.wait()
         except TimeoutError:
             pass
+        except PreconditionFailed:
+            raise
         except ApiError as error:
             log.info("job cannot be deregistered", extra={"job": cluster_id, "error": error})
         finally:

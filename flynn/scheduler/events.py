@@ -19,6 +19,11 @@ class LeadershipChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Overruled:
+    """A host takes its orders from a later leader, whatever the directory says here."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostSeen:
     """discoverd lists the host, with these tags."""
 
@@ -195,6 +200,7 @@ class Tick:
 
 Event = (
     LeadershipChanged
+    | Overruled
     | HostSeen
     | HostGone
     | HostChecked

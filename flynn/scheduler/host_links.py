@@ -20,12 +20,13 @@ from flynn.scheduler.events import (
     JobReported,
     JobsListed,
     ListingFailed,
+    Overruled,
     VolumesListed,
 )
 from flynn.scheduler.model import HostID
 from flynn.scheduler.neighbours import HostApi, HostDialer, Tell
 from flynn.scheduler.world import World
-from flynn.types.errors import ApiError, NotFound
+from flynn.types.errors import ApiError, NotFound, PreconditionFailed
 from flynn.types.instance import EventKind, Instance
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class HostLinks:
         try:
             async with self._listing:
                 await self._list(host, api)
+        except PreconditionFailed:
+            await self._tell(Overruled())
         except (ApiError, TimeoutError) as error:
             log.info("host cannot be listed", extra={"host": host, "error": error})
             await self._tell(ListingFailed(host))
@@ -136,6 +139,8 @@ class HostLinks:
                         async for event in events:
                             if event.job is not None and (report := wire.report(host, event.job)) is not None:
                                 await self._tell(JobReported(report))
+                except PreconditionFailed:
+                    await self._tell(Overruled())
                 except (ApiError, TimeoutError) as error:
                     log.info("host stream interrupted", extra={"host": host, "error": error})
                     await self._tell(ListingFailed(host))

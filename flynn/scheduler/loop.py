@@ -37,6 +37,7 @@ from flynn.scheduler.events import (
     WatchServices,
 )
 from flynn.scheduler.host_links import HostLinks
+from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.neighbours import ControllerApi, HostDialer, RouterDialer
 from flynn.scheduler.outbox import Outbox
 from flynn.scheduler.traffic_feed import TrafficFeed
@@ -59,10 +60,12 @@ class SchedulerLoop:
         dial_router: RouterDialer,
         clock: Clock,
         tasks: TaskSet,
+        mandate: Mandate,
     ) -> None:
         self.engine = engine
         self.outbox = Outbox(controller, tasks)
         self._registry = registry
+        self._mandate = mandate
         self._clock = clock
         self._tasks = tasks
         self._queue: asyncio.Queue[Event] = asyncio.Queue(QUEUE_LIMIT)
@@ -150,6 +153,7 @@ class SchedulerLoop:
         async with aclosing(self._registry.watch_leader(SERVICE)) as leaders:
             async for leader in leaders:
                 if leader is not None:
+                    self._mandate.term = leader.index if leader.id == own.id else 0
                     await self.tell(LeadershipChanged(leader.id == own.id))
 
     async def _list_jobs(self) -> None:

@@ -28,6 +28,7 @@ from flynn.router.client import Router, RouterEvent, RouterEventKind
 from flynn.scheduler import wire
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
+from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
 from flynn.types.instance import Instance
 from flynn.types.status import Status
@@ -72,10 +73,11 @@ def configure(environ: Mapping[str, str]) -> Config:
 async def running(environ: Mapping[str, str]) -> AsyncIterator[None]:
     config = configure(environ)
     identity = Identity.from_environment(environ)
+    mandate = Mandate()
 
     @asynccontextmanager
     async def dial_host(host: HostID, instance: Instance) -> AsyncIterator[HostClient]:
-        async with HttpClient(f"https://{instance.addr}", tls=identity) as http:
+        async with HttpClient(f"https://{instance.addr}", tls=identity, live_headers=mandate.headers) as http:
             yield HostClient(http)
 
     @asynccontextmanager
@@ -91,7 +93,7 @@ async def running(environ: Mapping[str, str]) -> AsyncIterator[None]:
         TaskSet() as tasks,
         supervisor() as spawn,
     ):
-        loop = SchedulerLoop(engine, registry, controller, dial_host, dial_router, SystemClock(), tasks)
+        loop = SchedulerLoop(engine, registry, controller, dial_host, dial_router, SystemClock(), tasks, mandate)
         loop.start(spawn)
         async with listen(status_api(loop, config.job_id), "0.0.0.0", config.port, tls=identity):
             await loop.caught_up()

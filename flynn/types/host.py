@@ -17,6 +17,8 @@ META_TYPE = "flynn-controller.type"
 META_FORMATION = "flynn-controller.formation"
 META_SERVICE = "flynn-controller.service"  # names the certificate of a system job
 
+TERM_HEADER = "Flynn-Scheduler-Term"  # with the requests of a scheduler: see flynn.host.jobs.fence
+
 
 class JobStatus(IntEnum):
     STARTING = 0

@@ -19,6 +19,7 @@ from flynn.router.client import RouterEvent
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.host_links import HOST_SERVICE
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
+from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
 from flynn.types.app import App
 from flynn.types.codec import ZERO_TIME, replace
@@ -158,7 +159,9 @@ async def world() -> AsyncIterator[World]:
     own = Instance.at("10.0.0.9:5000", "https")
     async with TaskSet() as tasks, supervisor() as spawn:
         engine = Engine(Random(1), lambda: f"u{next(ids)}")
-        loop = SchedulerLoop(engine, world.registry, world.controller, dial_host, dial_router, SystemClock(), tasks)
+        loop = SchedulerLoop(
+            engine, world.registry, world.controller, dial_host, dial_router, SystemClock(), tasks, Mandate()
+        )
         loop.start(spawn)
         await loop.caught_up()
         async with world.registry.registered(SERVICE, own):

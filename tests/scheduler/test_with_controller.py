@@ -19,6 +19,7 @@ from flynn.router.client import RouterEvent
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.host_links import HOST_SERVICE
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
+from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
 from flynn.types.codec import replace
 from flynn.types.errors import NotFound
@@ -83,7 +84,7 @@ async def scheduling(controller: Controller, host: Host) -> AsyncIterator[Cluste
     own = Instance.at("10.0.0.9:5000", "https")
     async with TaskSet() as tasks, supervisor() as spawn:
         engine = Engine(Random(1), lambda: str(uuid.uuid4()))
-        loop = SchedulerLoop(engine, registry, controller, dial_host, dial_router, SystemClock(), tasks)
+        loop = SchedulerLoop(engine, registry, controller, dial_host, dial_router, SystemClock(), tasks, Mandate())
         loop.start(spawn)
         await loop.caught_up()
         async with registry.registered(SERVICE, own):
