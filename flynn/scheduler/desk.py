@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from flynn.scheduler import job_state
-from flynn.scheduler.events import Action
+from flynn.scheduler.events import Action, PersistJob
 from flynn.scheduler.model import FormationKey, Job, JobID, JobState
 from flynn.scheduler.world import World
 
@@ -27,6 +27,7 @@ class Timer(StrEnum):
 
     START = "start"  # a job's waiting time is over
     READY = "ready"  # a job has waited for routers long enough
+    DEADLINE = "deadline"  # a job should be in service
     CHECK = "check"  # a host under suspicion is probed again
     SUCCESSOR = "successor"  # a host has had its time to bring a job back
     SWEEP = "sweep"
@@ -78,7 +79,10 @@ class Desk:
     def note(self, job: Job, reason: str) -> None:
         """Say what a pending job waits for."""
         if job.reason != reason:
-            self.world.put_job(replace(job, reason=reason))
+            waiting = replace(job, reason=reason)
+            self.world.put_job(waiting)
+            if self.leader:
+                self.ask(PersistJob(waiting))
 
     # Timers
 

@@ -84,6 +84,7 @@ class Engine:
         self._elected = False  # the directory says that we lead
         self._awaited: set[str] = set()  # what has to be listed before a new leader acts, but for the jobs of hosts
         self._records: RecordsListed | None = None
+        self._heir = False  # has led for so short that the books still say what the leader before knew
 
     @property
     def leader(self) -> bool | None:
@@ -102,6 +103,9 @@ class Engine:
         if self.leader and self.settled:
             if self._records is not None:
                 listed, self._records = self._records, None
+                if self._heir:
+                    records.inherit(self._desk, self._restarts, listed, now)
+                    self._heir = False
                 records.compare(self._desk, listed, now)
             self._balance.go_on(now)
             self._reconcile(now)
@@ -195,6 +199,7 @@ class Engine:
         if self.leader:
             return
         self._desk.leader = True
+        self._heir = True
         self._awaited |= {FORMATIONS, RECORDS}
         self._hosts.unlisted.update(dict.fromkeys(self.world.hosts))
         self._desk.mark_all()
@@ -260,6 +265,8 @@ class Engine:
                 self._desk.to_place[JobID(id)] = None
             case Timer.READY:
                 self._jobs.check_ready(JobID(id), now)
+            case Timer.DEADLINE:
+                self._jobs.check_deadline(JobID(id), now)
             case Timer.CHECK:
                 self._hosts.check_again(HostID(id))
             case Timer.SUCCESSOR:

@@ -126,6 +126,7 @@ class RecordedJob:
     restarts: int = 0
     run_at: datetime | None = None
     args: tuple[str, ...] = ()
+    changed_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

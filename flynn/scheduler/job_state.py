@@ -55,6 +55,7 @@ class StartFailed:
     """The host did not take it, or did not answer."""
 
     host: HostID
+    error: str
     at: datetime
 
 
@@ -129,23 +130,27 @@ def advance(job: Job, event: Event) -> tuple[Job, tuple[Action, ...]]:
         case Placed(host, volumes, at):
             if job.state is not JobState.PENDING:
                 return job, ()
-            placed = replace(job, host=host, volumes=volumes, touched_at=at, run_at=None)
+            placed = replace(job, host=host, volumes=volumes, touched_at=at, run_at=None, reason="")
             return placed, (Persist(placed),)
         case NoPlace(reason):
             if job.state is not JobState.PENDING:
                 return job, ()
-            return _moved(replace(job, state=JobState.BLOCKED, host=None, volumes=(), reason=reason), job)
+            blocked = replace(job, state=JobState.BLOCKED, host=None, volumes=(), reason=reason)
+            # Tried again in vain, it is blocked as before: the controller knows that already.
+            return blocked, (Persist(blocked),) if job.reason != reason or job.host is not None else ()
         case Unblocked():
             if job.state is not JobState.BLOCKED:
                 return job, ()
-            return replace(job, state=JobState.PENDING, reason=""), ()
-        case StartFailed(host, at):
+            return replace(job, state=JobState.PENDING), ()
+        case StartFailed(host, error, at):
             if job.state is not JobState.PENDING or job.host != host:
                 return job, ()
             # The host stays recorded until the next placement: its report may still arrive and is then the truth.
             attempts = job.attempts + 1
             delay = min(START_RETRY_STEP * attempts, START_RETRY_LIMIT)
-            return replace(job, attempts=attempts, avoid=host, run_at=at + delay, touched_at=at), ()
+            reason = f"{host} did not take it: {error}"
+            failed = replace(job, attempts=attempts, avoid=host, run_at=at + delay, touched_at=at, reason=reason)
+            return failed, (Persist(failed),) if reason != job.reason else ()
         case HostStarting() | HostRunning():
             return _host_has(job, event)
         case HostEnded():

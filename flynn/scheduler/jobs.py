@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from flynn.scheduler import job_state
-from flynn.scheduler.desk import Desk
+from flynn.scheduler.desk import Desk, Timer
 from flynn.scheduler.events import JobReport, JobsListed, PersistJob, StopJob
 from flynn.scheduler.formations import FormationBook
 from flynn.scheduler.model import HostID, Job, JobID, JobState
@@ -29,6 +29,7 @@ class JobBook:
         self._readiness = readiness
         self._restarts = restarts
         self._formations = formations
+        self._starting_since: dict[JobID, datetime] = {}
         self._stopping: set[tuple[JobID, HostID]] = set()  # stop requests under way
 
     def apply(self, job: Job, event: job_state.Event, now: datetime, *, resurrected: bool = False) -> Job:
@@ -55,7 +56,10 @@ class JobBook:
     def _state_changed(self, before: Job, after: Job, now: datetime, resurrected: bool) -> None:
         if after.in_formation:
             self._desk.dirty[after.key] = None
-        if after.state is JobState.BLOCKED:
+        self._starting_since.pop(after.id, None)
+        if after.state is JobState.STARTING:
+            self._expect_service(after, now)
+        elif after.state is JobState.BLOCKED:
             self._desk.blocked[after.id] = None
             log.info("job blocked", extra={"job": after.id, "type": after.type, "reason": after.reason})
         elif after.state is JobState.STOPPED:
@@ -140,6 +144,26 @@ class JobBook:
         job = self._readiness.became_ready(id, now)
         if job is not None:
             self.apply(job, job_state.Ready(), now)
+
+    def _expect_service(self, job: Job, now: datetime) -> None:
+        limit = self._readiness.start_limit(job)
+        if limit is not None:
+            self._starting_since[job.id] = now
+            self._desk.at(now + limit, Timer.DEADLINE, job.id)
+
+    def check_deadline(self, id: JobID, now: datetime) -> None:
+        """Stop a job that has had its time to be in service, and have another one started."""
+        job, since = self._world.jobs.get(id), self._starting_since.get(id)
+        if job is None or since is None or not self._desk.leader:
+            return
+        limit = self._readiness.start_limit(job)
+        if limit is None:
+            return
+        if not self._readiness.knows(job) or now < since + limit:
+            self._desk.at(max(now, since) + limit, Timer.DEADLINE, id)
+            return
+        self._restarts.replace(job, now)
+        self.apply(job, job_state.StopWanted(f"not in service after {limit.total_seconds():.0f} s"), now)
 
     def stop_done(self, id: JobID, host: HostID) -> None:
         """The request has been answered, or has failed; a report tells what came of it."""

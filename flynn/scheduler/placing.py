@@ -37,7 +37,8 @@ class Placing:
             run_at = None
             if index < len(ended):
                 run_at = now + ended[index].delay if ended[index].delay else None
-                job = replace(job, restarts=ended[index].restarts, run_at=run_at)
+                reason = f"has ended {ended[index].restarts} times, starts again later" if run_at else ""
+                job = replace(job, restarts=ended[index].restarts, run_at=run_at, reason=reason)
             self._world.put_job(job)
             self._desk.to_place[job.id] = None
             if run_at is not None:
@@ -161,6 +162,6 @@ class Placing:
             extra={"job": f"{event.host}-{event.job}", "attempt": job.attempts + 1, "error": event.error},
         )
         if self._desk.leader:
-            after = self._jobs.apply(job, job_state.StartFailed(event.host, now), now)
+            after = self._jobs.apply(job, job_state.StartFailed(event.host, event.error, now), now)
             if after.state is JobState.PENDING and after.run_at is not None:
                 self._desk.at(after.run_at, Timer.START, after.id)

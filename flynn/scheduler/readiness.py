@@ -9,6 +9,8 @@ from flynn.scheduler.events import WatchServices
 from flynn.scheduler.model import Formation, Job, JobID, JobState
 from flynn.scheduler.routers import RouterBoard
 
+DEPLOY_TIMEOUT = 120  # seconds, of an app that says nothing
+AFTER_DEPLOYMENT = timedelta(seconds=30)
 ROUTER_PATIENCE = timedelta(seconds=10)  # so long a job in service waits for routers that have not picked it up
 
 
@@ -49,9 +51,20 @@ class Readiness:
         for id in sorted(jobs - before):
             self._since[id] = now
 
-    def knows(self, service: str) -> bool:
-        """Whether the directory has said whom the service lists."""
-        return service in self._listed_in
+    def knows(self, job: Job) -> bool:
+        """Whether the directory has said whom the job's service lists."""
+        return self.service_of(job) in self._listed_in
+
+    def start_limit(self, job: Job) -> timedelta | None:
+        """How long a job that its host runs may take to be in service. None for those that are waited for for ever.
+
+        That is what its app allows a deployment, whose verdict comes first. The platform's base is never given up: the
+        directory itself may be what is missing.
+        """
+        formation = self._world.formations.get(job.key)
+        if formation is None or not self.service_of(job) or formation.app.critical:
+            return None
+        return timedelta(seconds=formation.app.deploy_timeout or DEPLOY_TIMEOUT) + AFTER_DEPLOYMENT
 
     def service_of(self, job: Job) -> str:
         formation = self._world.formations.get(job.key) if job.in_formation else None

@@ -8,6 +8,10 @@ from datetime import datetime
 from flynn.scheduler.desk import Desk
 from flynn.scheduler.events import PersistJob, RecordedJob, RecordsListed
 from flynn.scheduler.model import WIRE_STATE, FormationKey, Job, JobState
+from flynn.scheduler.restarts import Restarts
+
+WAITING = frozenset((WIRE_STATE[JobState.PENDING], WIRE_STATE[JobState.BLOCKED]))
+RUNS = frozenset((WIRE_STATE[JobState.STARTING], WIRE_STATE[JobState.RUNNING]))
 
 
 def compare(desk: Desk, event: RecordsListed, now: datetime) -> None:
@@ -32,9 +36,21 @@ def compare(desk: Desk, event: RecordsListed, now: datetime) -> None:
             desk.ask(PersistJob(job))
 
 
-def _unknown(desk: Desk, record: RecordedJob, now: datetime) -> None:
-    key = FormationKey(record.app, record.release)
-    job = Job(
+def inherit(desk: Desk, restarts: Restarts, event: RecordsListed, now: datetime) -> None:
+    """Let the replacements of jobs that ended while nobody led go on with their counts."""
+    for record in event.jobs:
+        job = desk.world.jobs.get(record.id)
+        if record.state not in RUNS or not record.type or (job is not None and job.state is not JobState.STOPPED):
+            continue
+        if job is None:
+            job = replace(_as_recorded(record, now), started_at=record.changed_at)
+        elif not job.in_formation:
+            continue
+        restarts.replace(replace(job, restarts=max(job.restarts, record.restarts)), now)
+
+
+def _as_recorded(record: RecordedJob, now: datetime) -> Job:
+    return Job(
         id=record.id,
         app=record.app,
         release=record.release,
@@ -48,8 +64,12 @@ def _unknown(desk: Desk, record: RecordedJob, now: datetime) -> None:
         reason="unknown to all hosts",
         touched_at=now,
     )
-    waits = record.state in ("pending", "blocked") and record.host is None
-    if waits and record.type and key in desk.world.formations:
+
+
+def _unknown(desk: Desk, record: RecordedJob, now: datetime) -> None:
+    key = FormationKey(record.app, record.release)
+    job = _as_recorded(record, now)
+    if record.state in WAITING and record.host is None and record.type and key in desk.world.formations:
         # Left behind by the leader before: it keeps its restart count and its waiting time.
         desk.world.put_job(replace(job, state=JobState.PENDING, reason=""))
         desk.to_place[job.id] = None

@@ -34,7 +34,7 @@ class Restart:
 def restart_of(job: Job, now: datetime) -> Restart:
     """The restart count and delay of the job that replaces `job`. How it ended makes no difference."""
     past = job.restarts
-    if job.started_at is not None and now - job.started_at > STABLE_AFTER:
+    if job.started_at is not None and (job.ended_at or now) - job.started_at > STABLE_AFTER:
         past = 0
     if past < QUICK_RESTARTS:
         return Restart(past + 1, timedelta(0))

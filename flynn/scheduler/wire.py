@@ -93,6 +93,7 @@ def record(job: WireJob) -> RecordedJob:
         restarts=job.restarts or 0,
         run_at=job.run_at,
         args=tuple(job.args),
+        changed_at=job.updated_at,
     )
 
 
@@ -112,6 +113,7 @@ def job(job: Job) -> WireJob:
         host_error=job.host_error,
         run_at=job.run_at,
         restarts=job.restarts or None,
+        reason=job.reason,
     )
 
 

@@ -35,6 +35,7 @@ class Job(Wire):
     host_error: str | None = None
     run_at: datetime | None = None
     restarts: int | None = None
+    reason: str = ""  # what it waits for, or why it was stopped; the original has no such field
     created_at: datetime | None = None
     updated_at: datetime | None = None
 

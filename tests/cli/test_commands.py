@@ -164,6 +164,16 @@ async def test_ps_and_kill(flynn: User, shop: Shop, controller: Controller) -> N
     assert all(line.endswith(f"{shop.release.id}  run it") for line in lines[1:])
     assert len((await flynn("-a", "shop", "ps", "--all", "-q")).splitlines()) == 4
     assert await flynn("-a", "shop", "ps", "-q", "-t", "run") == "h1-00000000-0000-4000-8000-000000000001\n"
+    uuid = "00000000-0000-4000-8000-000000000009"
+    await controller.put_job(
+        Job(
+            uuid=uuid, app=shop.app.id, release=shop.release.id, type="big", state="blocked", reason="no host is so big"
+        )
+    )
+    _, row, why = (await flynn("-a", "shop", "ps", "-t", "big")).splitlines()
+    assert row.split()[:3] == [uuid, "big", "blocked"]
+    assert why == f"{uuid} (big) is blocked: no host is so big"
+    assert await flynn("-a", "shop", "ps", "-q", "-t", "big") == f"{uuid}\n"
     killed = await flynn.fails("-a", "shop", "kill", "nosuch")
     assert killed == ("ERROR: could not kill job nosuch: controller: resource not found\nCould not kill all jobs.\n")
 

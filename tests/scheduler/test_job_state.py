@@ -36,7 +36,7 @@ EVENTS: list[Event] = [
     Placed(H1, (), NOW),
     NoPlace("no hosts"),
     Unblocked(),
-    StartFailed(H1, NOW),
+    StartFailed(H1, "no", NOW),
     HostStarting(H1, NOW),
     HostStarting(H2, NOW),
     HostRunning(H1, NOW, True, NOW),
@@ -117,7 +117,7 @@ def test_a_job_that_shows_up_on_another_host_is_stopped_there_and_stays_where_it
 def test_failed_starts_wait_longer_each_time_up_to_half_a_minute() -> None:
     current, waits = job(), []
     for _ in range(70):
-        current, _ = advance(current, StartFailed(H1, NOW))
+        current, _ = advance(current, StartFailed(H1, "no", NOW))
         assert current.run_at is not None
         waits.append((current.run_at - NOW).total_seconds())
     assert waits[:3] == [0.5, 1.0, 1.5]

@@ -23,6 +23,7 @@ from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
 from flynn.types.codec import replace
 from flynn.types.errors import NotFound
+from flynn.types.formation import Formation
 from flynn.types.instance import Instance
 from flynn.types.release import ProcessType, VolumeReq
 from flynn.types.volume import VolumeInfo, VolumeRequest
@@ -154,6 +155,16 @@ async def test_a_scheduler_that_comes_back_adopts_what_runs_and_replaces_what_is
     async with scheduling(controller, host):
         await until(controller, [("clock", "down"), ("clock", "up"), ("web", "up"), ("web", "up")])
         assert len(set(host.running) - before) == 1
+
+
+async def test_a_job_that_no_host_fits_is_blocked_and_the_api_says_why(controller: Controller, shop: Shop) -> None:
+    async with scheduling(controller, Host("h1")):
+        formation = Formation(processes={"web": 1}, tags={"web": {"disk": "ssd"}})
+        await controller.put_formation(replace(formation, app=shop.app.id, release=shop.release.id))
+        await until(controller, [("web", "blocked")])
+        (job,) = await controller.jobs("shop")
+        assert (job.id, job.host_id, job.reason) == ("", "", "no hosts found matching job tags")
+        assert [listed.state for listed in await controller.active_jobs()] == ["blocked"]
 
 
 async def test_deleting_a_formation_stops_its_jobs(controller: Controller, shop: Shop) -> None:

@@ -15,7 +15,8 @@ from flynn.types.job import Job, JobState
 COLUMNS = """
     job_id AS uuid, cluster_id AS id, host_id, app_id AS app, release_id AS release, process_type AS type, state, args,
     (SELECT jsonb_agg(v.volume_id ORDER BY v.index) FROM job_volumes v WHERE v.job_id = job_cache.job_id) AS volumes,
-    meta, exit_status, host_error, run_at, restarts, created_at, updated_at
+    meta, exit_status, host_error, run_at, restarts,
+    coalesce(reason, '') AS reason, created_at, updated_at
 """
 LISTED_AS_ACTIVE = (JobState.PENDING, JobState.BLOCKED, JobState.STARTING, JobState.UP, JobState.STOPPING)
 
@@ -35,12 +36,12 @@ class JobStore:
             await transaction.execute(
                 """
                 INSERT INTO job_cache (job_id, cluster_id, host_id, app_id, release_id, process_type, state, meta, args,
-                    exit_status, host_error, run_at, restarts)
-                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+                    exit_status, host_error, run_at, restarts, reason)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
                 ON CONFLICT (job_id) DO UPDATE SET cluster_id = EXCLUDED.cluster_id, host_id = EXCLUDED.host_id,
                     state = EXCLUDED.state, args = EXCLUDED.args, exit_status = EXCLUDED.exit_status,
                     host_error = EXCLUDED.host_error, run_at = EXCLUDED.run_at, restarts = EXCLUDED.restarts,
-                    updated_at = now()
+                    reason = EXCLUDED.reason, updated_at = now()
                 """,
                 (
                     job_id,
@@ -56,6 +57,7 @@ class JobStore:
                     job.host_error,
                     job.run_at,
                     job.restarts,
+                    job.reason or None,
                 ),
             )
             for index, volume in enumerate(volumes):
