@@ -29,7 +29,9 @@ class Machine:
     output: int | None = None
 
     def __init__(self, number: int, directory: Path, ca: ClusterCA) -> None:
+        self.number = number
         self.netns = f"{PREFIX}m{number}"
+        self.switch = f"{PREFIX}sw"
         self.address = f"10.66.0.{number}"
         self.directory = directory / f"machine{number}"
         self.directory.mkdir()
@@ -94,6 +96,13 @@ class Machine:
         ip("addr", "add", subnet, "dev", "br0", netns=self.netns)
         ip("link", "set", "br0", "up", netns=self.netns)
 
+    def cut(self) -> None:
+        """Unplug the machine: nothing goes in or out, and nobody is told."""
+        ip("link", "set", f"p{self.number}", "down", netns=self.switch)
+
+    def mend(self) -> None:
+        ip("link", "set", f"p{self.number}", "up", netns=self.switch)
+
     def shows(self, *arguments: str) -> list[str]:
         return [" ".join(line.split()) for line in ip(*arguments, netns=self.netns).splitlines()]
 
@@ -118,6 +127,11 @@ except OSError: sys.exit(1)
 """
 
 
+def switch_address() -> str:
+    """Of the switch itself: who runs in its namespace reaches all machines."""
+    return "10.66.0.254"
+
+
 @asynccontextmanager
 async def machines(count: int, directory: Path, ca: ClusterCA) -> AsyncIterator[list[Machine]]:
     """`count` machines that see each other; everything made is removed again."""
@@ -127,6 +141,8 @@ async def machines(count: int, directory: Path, ca: ClusterCA) -> AsyncIterator[
         undo.callback(ip, "netns", "del", switch)
         ip("link", "add", "name", "sw0", "type", "bridge", netns=switch)
         ip("link", "set", "sw0", "up", netns=switch)
+        ip("link", "set", "lo", "up", netns=switch)
+        ip("addr", "add", f"{switch_address()}/24", "dev", "sw0", netns=switch)
         made = []
         for number in range(1, count + 1):
             machine = Machine(number, directory, ca)
