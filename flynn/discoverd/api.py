@@ -14,6 +14,7 @@ ends its heartbeats with 404.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,8 @@ from flynn.types.errors import ApiError, Conflict, NotFound, ServiceUnavailable
 from flynn.types.instance import DiscoverdEvent, EventKind, Instance, ServiceConfig, ServiceMeta
 from flynn.types.status import Health, Status
 from flynn.version import VERSION
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,6 +79,7 @@ class DiscoverdApi:
     address: str  # own advertised `ip:port`
     identity: Identity
     shut_down: Callable[[], None]
+    about: Callable[[], Mapping[str, str]] = dict  # what else the status says of this process
 
     def build(self) -> Api:
         api = Api("discoverd", status=self._status, headers=self._headers, max_body_bytes=MAX_BODY_BYTES)
@@ -248,6 +252,12 @@ class DiscoverdApi:
         raise last
 
     async def _shutdown(self, request: Request) -> TargetIndex:
+        """Make way for another process of this node, which waits for that; without one this process goes on."""
+        if self.directory.raft.is_leader and len(self.members) > 1:
+            try:
+                await self._hand_over()
+            except ApiError as error:
+                log.warning("closing as the leader", extra={"error": error})
         self.shut_down()
         return TargetIndex(last_index=self.directory.raft.index)
 
@@ -301,6 +311,7 @@ class DiscoverdApi:
                 "leader": http_address(leader) if leader else None,
                 "members": self.members,
                 "index": raft.index,
+                **self.about(),
             },
             version=VERSION,
         )

@@ -29,6 +29,7 @@ class Config:
     host_url: str  # flynn-host's API; empty = nobody to tell
     follow_bridge: bool  # serve DNS where the host's bridge is, once there is one
     job_id: str
+    release: str  # of which this process is; says who takes over from whom
     raft_password: str = ""  # empty = see `raft_password()`
 
     @property
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Config:
         host_url=given.notify.removesuffix("/host/discoverd"),
         follow_bridge=given.wait_net_dns == "true",
         job_id=environ.get("FLYNN_JOB_ID", ""),
+        release=environ.get("FLYNN_RELEASE_ID", ""),
         raft_password=environ.get("RAFT_KEY", ""),
     )
 

@@ -33,6 +33,7 @@ class HostLink:
         self._host = host
         self._job_id = job_id
         self._url = url
+        self.silent = False  # while another process speaks for this node
 
     async def keep_informed(self, dns: str) -> None:
         """Tell the host for ever, for name servers whose address is fixed by configuration."""
@@ -85,7 +86,7 @@ class HostLink:
     async def _tell(self, status: HostStatus | None, dns: str) -> None:
         """Tell the host what its status says it does not know."""
         wanted = DiscoverdConfig(job_id=self._job_id, url=self._url, dns=dns)
-        if status is None or status.discoverd == wanted:
+        if status is None or status.discoverd == wanted or self.silent:
             return
         try:
             await self._host.configure_discoverd(wanted)

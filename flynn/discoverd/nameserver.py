@@ -139,6 +139,8 @@ def _bound(address: Address, kind: socket.SocketKind) -> socket.socket:
     try:
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # A successor answers beside us until we stop: no name goes unanswered while a release replaces another.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
         sock.setblocking(False)
         sock.bind(address)

@@ -106,6 +106,10 @@ class Process:
             env={**self._environ, **environ},
         )  # fmt: skip
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     async def kill(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
