@@ -44,8 +44,8 @@ ADMINS = access("operator", "host", "app:discoverd")
 FORWARD_SECONDS = 10.0
 STALE_SECONDS = 3.0  # a new leader is found in half that time
 ASK_LIMIT = timedelta(seconds=15)
-HAND_OVER_LIMIT = timedelta(seconds=10)
-ROUNDS = Backoff(first=timedelta(milliseconds=200), factor=1.5, limit=timedelta(seconds=1))
+HAND_OVER_SECONDS = 10.0
+ROUNDS = Backoff(first=timedelta(milliseconds=50), factor=1.5, limit=timedelta(seconds=1))
 MAX_BODY_BYTES = 4 * 1024 * 1024  # every member keeps all of it in memory
 
 INSTANCE_EVENTS = frozenset({EventKind.UP, EventKind.UPDATE, EventKind.DOWN})
@@ -230,10 +230,9 @@ class DiscoverdApi:
         raft = self.directory.raft
         if len(raft.members) == 1:
             raise Conflict("the only member cannot be removed")
-        async for _ in attempts(ROUNDS, HAND_OVER_LIMIT):
-            if raft.is_leader:
-                await raft.hand_over()
-            elif raft.leader is not None:
+        await raft.hand_over(HAND_OVER_SECONDS)
+        async for _ in attempts(ROUNDS, ASK_LIMIT):
+            if raft.leader is not None:
                 return
         raise ServiceUnavailable("no other member took over the lead")
 

@@ -135,12 +135,9 @@ async def _leave(live: LiveDirectory, registry: Discoverd, own: Instance, *, in_
     live.end_watches(shutting_down("discoverd"))
     if live.raft.is_leader and len(live.raft.members) > 1:
         try:
-            async with asyncio.timeout(LEAVE_SECONDS):
-                await live.raft.hand_over()
-                while live.raft.is_leader:
-                    await asyncio.sleep(0.02)
-        except (NotReplicated, TimeoutError):
-            log.warning("nobody took over the lead")
+            await live.raft.hand_over(LEAVE_SECONDS)
+        except NotReplicated as error:
+            log.warning("leaving as the leader", extra={"error": error})
 
 
 def _about(config: Config, names: _Names) -> dict[str, str]:

@@ -329,7 +329,7 @@ class Api:
                 # A client that goes away ends a stream at once, but never interrupts a handler half-way.
                 task = asyncio.ensure_future(endpoint.handler(request))
                 pending.add(task)
-                task.add_done_callback(pending.discard)
+                task.add_done_callback(lambda done: _finished(done, pending, raw))
                 result = await asyncio.shield(task)
                 if request.upgraded:
                     return _Upgraded()
@@ -519,6 +519,14 @@ async def _send_events(raw: web.Request, result: EventStream, extra: Mapping[str
         pumping.cancel()
         await asyncio.gather(pumping, return_exceptions=True)
     return response
+
+
+def _finished(task: asyncio.Task[Any], pending: set[asyncio.Task[Any]], raw: web.Request) -> None:
+    """Take note of how a handler ended; of a refusal nobody waits for any more there is nothing to say."""
+    pending.discard(task)
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, ApiError) and raw.transport is None:
+        log.error("request failed", extra={"method": raw.method, "path": raw.path}, exc_info=error)
 
 
 @asynccontextmanager

@@ -134,11 +134,20 @@ async def test_the_address_need_not_be_there_yet() -> None:
         assert address[0] == "100.64.77.1"
 
 
-async def test_a_taken_address_is_an_error() -> None:
-    async with name_server() as address:
+async def test_an_address_that_somebody_else_has_is_an_error() -> None:
+    with socket.socket() as somebody:
+        somebody.bind((loopback_address(), 0))
         with pytest.raises(OSError, match="in use"):
-            async with nameserver.serving(address, NameServer(directory, [], SystemClock())):
+            async with nameserver.serving(somebody.getsockname(), NameServer(directory, [], SystemClock())):
                 pass
+
+
+async def test_a_successor_answers_beside_us_until_we_stop() -> None:
+    ours, successor = NameServer(directory, [], SystemClock()), NameServer(directory, [], SystemClock())
+    async with nameserver.serving((loopback_address(), 0), ours) as address:
+        async with nameserver.serving(address, successor):
+            assert addresses(await by_udp(address, WEB)) == ["10.0.0.1"]
+        assert [addresses(answer) for answer in await by_tcp(address, WEB)] == [["10.0.0.1"]]
 
 
 @pytest.mark.parametrize(

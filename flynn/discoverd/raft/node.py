@@ -5,7 +5,8 @@ What differs from pysyncobj as it comes, and why:
 - Pace. By itself it sends and commits only every `appendEntriesPeriod`, so a lone writer waits 100 ms and more. Here
   the tick is repeated until neither the log nor the commit index moves, and only then does the thread wait for a
   socket, for a new command (a pipe wakes it) or for the next period. Idle it ticks a few times a second.
-- Repetition. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
+- Repetition. What a leader repeats is recognised, and nothing is committed that a message does not speak for; see
+  `_Member.news_in`. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
 - Durability. The journal is ours (`journal`). It is synced before the leader counts itself, and by `_Transport` before
   a follower confirms.
 - Snapshots are our own format, and the journal is trimmed to the snapshot when both are loaded: pysyncobj would drop
@@ -52,6 +53,7 @@ LEASE = 1.5  # a leader that has not heard from a majority for so long steps dow
 WAIT = 0.05  # how late a deadline may be noticed
 WAIT_BEFORE_ELECTION = 0.01
 WAIT_ALONE = 0.25  # leading a cluster of one there are no deadlines
+HAND_OVER_PAUSE = 0.1  # for the election that was asked for
 COMMIT_LIMIT = 5.0  # seconds until a write without an outcome is reported as unavailable
 SNAPSHOT_ENTRIES = 8192
 JOINING_LIMIT = 120.0
@@ -155,11 +157,25 @@ class RaftNode:
         """The other members know of this one now, which joined them."""
         self._member.take_part()
 
-    async def hand_over(self) -> None:
-        """Ask the follower that is furthest to lead. Whether it does shows in `leader`."""
+    async def hand_over(self, within: float) -> None:
+        """Have the follower that is furthest lead in our place. Raises NotReplicated if none does in time (seconds)."""
+        try:
+            async with asyncio.timeout(within):
+                while self.is_leader:
+                    # Refused as long as that follower lacks an entry, which under load it does most of the time.
+                    accepted = await self._asked_to_lead()
+                    await asyncio.sleep(HAND_OVER_PAUSE if accepted else 0.005)
+        except TimeoutError:
+            raise NotReplicated("no other member took over the lead") from None
+
+    async def _asked_to_lead(self) -> bool:
         outcome: asyncio.Future[Any] = self._loop.create_future()
         self._member.transferLeadership(callback=lambda result, reason: self._post(_settle, outcome, result, reason))
-        await asyncio.wait_for(outcome, COMMIT_LIMIT)
+        try:
+            await outcome
+        except NotReplicated:
+            return False
+        return True
 
     async def add_member(self, address: str) -> None:
         await self._change_members(self._member.addNodeToCluster, address)
@@ -242,6 +258,7 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         members = {*(self._members_known or config.peers), *([config.address] if config.joining else ())}
         self.observing = config.address not in members
         self._joining = config.joining
+        self.keep_tail = False
         self.heard = time.monotonic()
         others = [peer for peer in members if peer != config.address]
         conf = SyncObjConf(
@@ -303,6 +320,41 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
             return WAIT
         return WAIT_ALONE if self._isLeader() else WAIT_BEFORE_ELECTION
 
+    def news_in(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A leader's message without the entries that we have, and with no more committed than it speaks for.
+
+        The part of our log behind the message may be news that overtook it, or left over from a leader that is gone:
+        only a different entry in its place decides that. So it stays (`keep_tail`), and it is not committed either, for
+        the leader's commit index speaks of the leader's log. Raft paper, figure 2, AppendEntries 3 to 5.
+        """
+        if "prevLogIdx" not in message:
+            return message  # a part of a snapshot
+        previous, term = message["prevLogIdx"], message["prevLogTerm"]
+        if "transmission" in message:  # one large entry in pieces; the last of them completes it
+            return {**message, "commit_index": min(message["commit_index"], previous + 1)}
+        entries = list(message["entries"])
+        last = previous + len(entries)
+        if self.has(previous, term):
+            while entries and self.has(previous + 1, entries[0][2]):
+                (_, previous, term), *entries = entries
+            self.keep_tail = not entries
+        return {
+            **message,
+            "prevLogIdx": previous,
+            "prevLogTerm": term,
+            "entries": entries,
+            "commit_index": min(message["commit_index"], last),
+        }
+
+    def has(self, index: int, term: int) -> bool:
+        """Whether our log has the entry of that index and term; then it is the same entry."""
+        position = index - self.journal[0][1]
+        return 0 <= position < len(self.journal) and self.journal[position][2] == term
+
+    def _SyncObj__getEntries(self, first: int, count: int | None = None, size: int | None = None) -> Any:
+        """The library takes back, once it has found the entry before its news, all that this shows it behind."""
+        return SyncObj._SyncObj__getEntries(self, first, 1 if self.keep_tail else count, size)
+
     @property
     def next_index(self) -> dict[Any, int]:
         """Per follower, the entry that it is sent next."""
@@ -336,15 +388,23 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
 
 class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no types
     def _onMessageReceived(self, node: Any, message: Any) -> None:
-        """Keep a late confirmation from moving the leader's position for a follower back.
+        """What the library makes of a message, except for two things.
 
-        pysyncobj would then send again all that is under way, and the follower would write it again.
+        Entries: only those that are new to us are shown to it, see `_Member.news_in`; what it would make of the rest
+        is to take back a part of the log that may already have been confirmed, changes of membership included.
+
+        Confirmations: one that comes late must not move the leader's position for a follower back, or all that is
+        under way would be sent and written again.
         """
-        if isinstance(message, dict) and message.get("type") == "append_entries":
+        kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "append_entries":
             self._syncObj.heard = time.monotonic()
+            message = self._syncObj.news_in(message)
         following = self._syncObj.next_index.get(node, 0)
         super()._onMessageReceived(node, message)
-        if isinstance(message, dict) and message.get("type") == "next_node_idx" and not message["reset"]:
+        if kind == "append_entries":
+            self._syncObj.keep_tail = False
+        if kind == "next_node_idx" and not message["reset"]:
             now = self._syncObj.next_index
             if node in now:
                 now[node] = max(now[node], following)
