@@ -1,0 +1,194 @@
+"""One peer among others who write at the same moment, or who decide about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from flynn.aio.backoff import Backoff
+from flynn.aio.supervisor import supervisor
+from flynn.appliances.sirenia.cluster_state import ClusterState, Freeze, Lineage, Role, parse_state
+from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseInfo, Held
+from flynn.appliances.sirenia.evaluate import Me
+from flynn.appliances.sirenia.neighbours import Heard
+from flynn.appliances.sirenia.peer import Peer
+from flynn.appliances.sirenia.suspicion import Answer
+from flynn.discoverd.memory import MemoryRegistry
+from flynn.types.codec import builtins, replace
+from flynn.types.instance import Instance, LeaderType, ServiceMeta
+from tests.appliances.sirenia.simulation import ID, LoopClock, run_virtually
+from tests.appliances.sirenia.test_scenarios import NOW, compare, node
+
+STATE = ClusterState(generation=5, init_wal="0/A", primary=node("n1"), sync=node("n2"), asyncs=[node("n3")])
+RETRY = Backoff(first=timedelta(seconds=1), factor=1, jitter=0)
+
+
+@dataclass
+class RecordingDatabase:
+    """Starts when it is told what to be, and remembers what that was."""
+
+    zero_position: str = "0/0"
+    roles: list[Role] = field(default_factory=list)
+    holds: int = 0
+
+    compare = staticmethod(compare)
+
+    @property
+    def running(self) -> bool:
+        return self.roles[-1:] not in ([], [Role.NONE])
+
+    async def apply(self, config: DatabaseConfig) -> None:
+        await asyncio.sleep(0.5)
+        if self.roles[-1:] != [config.role]:
+            self.roles.append(config.role)
+
+    async def hold(self) -> Held:
+        assert self.running, "a server that is off cannot be held"
+        self.holds += 1
+        return Held(received="0/A", usable="0/A")
+
+    async def enable_writes(self, generation: int) -> None: ...
+
+    async def record_lineage(self, lineage: Lineage) -> None: ...
+
+    async def info(self) -> DatabaseInfo:
+        return DatabaseInfo(
+            running=self.running, xlog="0/A", lineage=Lineage(generation=5, primary="n1", upstream="n1")
+        )  # fmt: skip
+
+    def interrupt(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class Answering:
+    async def ask(self, instance: Instance) -> Heard:
+        return Heard(Answer.WELL, id=instance.meta[ID])
+
+
+class Contested(MemoryRegistry):
+    """Somebody else's state arrives just before ours, once."""
+
+    rival: Callable[[ClusterState], ClusterState] | None = None
+
+    async def put_meta(self, service: str, meta: ServiceMeta) -> ServiceMeta:
+        if self.rival is not None:
+            rival, self.rival = self.rival, None
+            await self.write(rival)
+        return await super().put_meta(service, meta)
+
+    async def write(self, edit: Callable[[ClusterState], ClusterState]) -> None:
+        state = edit(await self.stored())
+        meta = await self.get_meta("db")
+        assert meta is not None and state.primary is not None
+        await MemoryRegistry.put_meta(
+            self, "db", ServiceMeta(data=builtins(state), index=meta.index, leader_id=state.primary.id)
+        )  # fmt: skip
+
+    async def stored(self) -> ClusterState:
+        meta = await self.get_meta("db")
+        assert meta is not None
+        return parse_state(meta.data)
+
+
+@asynccontextmanager
+async def playing(
+    own: str, *others: str, state: ClusterState = STATE
+) -> AsyncIterator[tuple[Peer, RecordingDatabase, Contested]]:
+    registry, database = Contested(), RecordingDatabase()
+    await registry.create("db", LeaderType.MANUAL)
+    assert state.primary is not None
+    await registry.put_meta("db", ServiceMeta(data=builtins(state), leader_id=state.primary.id))
+    for name in (own, *others):
+        await registry.register("db", node(name))
+    peer = Peer(registry, "db", Me(node(own), ID, False), database, LoopClock(), Answering(), RETRY)
+    async with supervisor() as spawn:
+        spawn("follow", peer.follow())
+        spawn("act", peer.act())
+        yield peer, database, registry
+
+
+def named(state: ClusterState) -> tuple[int, list[str]]:
+    members = (state.primary, state.sync, *(state.asyncs or []))
+    return state.generation, [member.meta[ID] for member in members if member is not None]
+
+
+def test_a_peer_that_comes_up_starts_its_database_before_it_takes_over() -> None:
+    async def story(own: str, *present: str) -> tuple[int, list[str]]:
+        async with playing(own, *present) as (peer, database, registry):
+            await asyncio.sleep(10)
+            assert database.holds == 1
+            assert database.roles[0] is (Role.SYNC if own == "n2" else Role.PRIMARY)
+            assert database.roles[-1] is Role.PRIMARY
+            assert peer.role is Role.PRIMARY
+            return named(await registry.stored())
+
+    assert run_virtually(story("n1", "n3")) == (6, ["n1", "n3"]), "a primary without its sync"
+    assert run_virtually(story("n2", "n3")) == (6, ["n2", "n3"]), "a sync without its primary"
+
+
+def test_losing_the_race_of_a_takeover_means_to_follow_the_winner() -> None:
+    """The primary that was taken for dead has replaced its sync in the same moment."""
+
+    async def story() -> None:
+        async with playing("n2", "n1", "n3") as (peer, database, registry):
+            await asyncio.sleep(2)
+            assert database.roles == [Role.SYNC]
+            registry.rival = lambda state: replace(state, generation=6, sync=node("n3"), asyncs=[])
+            await registry.deregister("db", node("n1").id)
+            await asyncio.sleep(10)
+            assert named(await registry.stored()) == (6, ["n1", "n3"])
+            assert peer.role is Role.UNASSIGNED
+            assert database.roles == [Role.SYNC, Role.NONE]
+
+    run_virtually(story())
+
+
+def test_losing_the_race_for_a_new_async_means_to_read_and_decide_again() -> None:
+    """An operator froze the cluster in the same moment: what was to be written is not wanted any more."""
+
+    async def story() -> None:
+        async with playing("n1", "n2", "n3") as (_, database, registry):
+            await asyncio.sleep(2)
+            registry.rival = lambda state: replace(state, freeze=Freeze(frozen_at=NOW, reason="moving"))
+            await registry.register("db", node("n4"))
+            await asyncio.sleep(10)
+            state = await registry.stored()
+            assert named(state) == (5, ["n1", "n2", "n3"])
+            assert state.freeze is not None
+            await registry.write(lambda state: replace(state, freeze=None))
+            await asyncio.sleep(10)
+            assert named(await registry.stored()) == (5, ["n1", "n2", "n3", "n4"])
+            assert database.roles == [Role.PRIMARY]
+
+    run_virtually(story())
+
+
+def test_who_was_deposed_stays_quiet_whatever_happens_to_the_others() -> None:
+    async def story() -> None:
+        async with playing("n1", "n2", "n3") as (peer, database, registry):
+            await asyncio.sleep(2)
+            await registry.write(
+                lambda state: replace(
+                    state, generation=6, primary=node("n2"), sync=node("n3"), asyncs=[], deposed=[node("n1")]
+                )
+            )
+            for event in (
+                registry.register("db", node("n4")),
+                registry.deregister("db", node("n3").id),
+                registry.deregister("db", node("n2").id),
+                registry.write(lambda state: replace(state, generation=7, primary=node("n3"), sync=node("n4"))),
+            ):
+                await event
+                await asyncio.sleep(3)
+                assert peer.role is Role.DEPOSED
+            assert database.roles == [Role.PRIMARY, Role.NONE]
+            assert named(await registry.stored()) == (7, ["n3", "n4"])
+            await registry.write(lambda state: replace(state, asyncs=[node("n1")], deposed=[]))
+            await asyncio.sleep(3)
+            assert database.roles == [Role.PRIMARY, Role.NONE, Role.ASYNC], "taken in again"
+
+    run_virtually(story())
