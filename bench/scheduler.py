@@ -22,6 +22,7 @@ from flynn.scheduler.events import (
     RecordsListed,
     StartJob,
     Tick,
+    VolumesRecorded,
 )
 from flynn.scheduler.model import Formation, HostID
 from flynn.types.app import App
@@ -50,7 +51,7 @@ def measure() -> tuple[float, float]:
         for n in range(APPS)
     )
     engine.step([*hosts, *map(FormationReceived, formations), LeadershipChanged(True)], START)
-    engine.step([FormationsListed(formations, START), RecordsListed((), START)], START)
+    engine.step([FormationsListed(formations, START), RecordsListed((), START), VolumesRecorded()], START)
     engine.step([JobsListed(host.host, (), START) for host in hosts[1:]], START)
     began = time.perf_counter()
     actions = engine.step([JobsListed(hosts[0].host, (), START)], START)  # the last thing it has waited for

@@ -14,13 +14,12 @@ from flynn.scheduler.events import (
     FormationsListed,
     RecordsListed,
     RecordsUnavailable,
-    VolumeDecommissioned,
+    VolumeRecorded,
+    VolumesRecorded,
 )
-from flynn.scheduler.model import VolumeID
 from flynn.scheduler.neighbours import ControllerApi, Tell
 from flynn.types.codec import ZERO_TIME
 from flynn.types.errors import ApiError
-from flynn.types.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +81,16 @@ class ControllerFeed:
             await asyncio.sleep(next(delays))
 
     async def follow_volumes(self) -> None:
-        """Only the end of volumes is news from the controller; what exists, hosts tell."""
+        """Tell what is in the books of volumes, all of it again after each interruption."""
         delays = RECONNECT.delays()
         while True:
             try:
                 async for volume in self._controller.follow_volumes():
                     delays = RECONNECT.delays()
-                    if _decommissioned(volume):
-                        await self._tell(VolumeDecommissioned(VolumeID(volume.id)))
+                    if not volume.id:
+                        await self._tell(VolumesRecorded())
+                    elif (record := wire.recorded_volume(volume)) is not None:
+                        await self._tell(VolumeRecorded(record))
             except ApiError as error:
                 log.debug("volume stream interrupted", extra={"error": error})
             await asyncio.sleep(next(delays))
-
-
-def _decommissioned(volume: Volume) -> bool:
-    return bool(volume.id) and volume.decommissioned_at is not None and volume.decommissioned_at != ZERO_TIME

@@ -5,7 +5,8 @@ them. All rules are level-triggered: a repeated, late or missed event does no ha
 again.
 
 Only a leader acts. Before it does after its promotion, it waits until formations, the jobs of every healthy host and
-the controller's records have been listed: a decision on a half-known cluster would start everything twice.
+the controller's books of jobs and volumes have been listed: a decision on a half-known cluster would start everything
+twice, or without its data.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from flynn.scheduler.events import (
     StartDone,
     StopDone,
     Tick,
-    VolumeDecommissioned,
+    VolumeRecorded,
     VolumesListed,
+    VolumesRecorded,
 )
 from flynn.scheduler.formations import FormationBook
 from flynn.scheduler.hosts import HostWatch
@@ -67,6 +69,7 @@ CLAIM_AGAIN = timedelta(seconds=60)  # hosts remember a leader that is silent fo
 
 FORMATIONS = "formations"
 RECORDS = "records"
+VOLUMES = "volumes"
 
 
 class Engine:
@@ -84,6 +87,7 @@ class Engine:
         self._elected = False  # the directory says that we lead
         self._awaited: set[str] = set()  # what has to be listed before a new leader acts, but for the jobs of hosts
         self._records: RecordsListed | None = None
+        self._volumes_told = False
         self._heir = False  # has led for so short that the books still say what the leader before knew
 
     @property
@@ -145,8 +149,11 @@ class Engine:
                 self._hosts.suspect(host)
             case VolumesListed():
                 self._volumes.listed(event)
-            case VolumeDecommissioned(volume):
-                self._volumes.decommissioned(volume)
+            case VolumeRecorded(volume):
+                self._volumes.recorded(volume)
+            case VolumesRecorded():
+                self._volumes_told = True
+                self._awaited.discard(VOLUMES)
             case FormationReceived(formation):
                 self._formations.received(formation, now)
             case FormationsListed():
@@ -200,7 +207,7 @@ class Engine:
             return
         self._desk.leader = True
         self._heir = True
-        self._awaited |= {FORMATIONS, RECORDS}
+        self._awaited |= {FORMATIONS, RECORDS} | (set() if self._volumes_told else {VOLUMES})
         self._hosts.unlisted.update(dict.fromkeys(self.world.hosts))
         self._desk.mark_all()
         self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)

@@ -96,8 +96,15 @@ class VolumesListed:
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeDecommissioned:
-    volume: VolumeID
+class VolumeRecorded:
+    """What the controller has in its books of a volume: the only trace of it while its host is away."""
+
+    volume: Volume
+
+
+@dataclass(frozen=True, slots=True)
+class VolumesRecorded:
+    """All volumes in the controller's books have been told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +216,8 @@ Event = (
     | JobsListed
     | ListingFailed
     | VolumesListed
-    | VolumeDecommissioned
+    | VolumeRecorded
+    | VolumesRecorded
     | FormationReceived
     | FormationsListed
     | RecordsListed

@@ -1,4 +1,4 @@
-"""The volumes of apps: which there are, which job has which, and which may be taken over."""
+"""The volumes of apps: which there are, which job has which, and which are not to be used again."""
 
 from __future__ import annotations
 
@@ -34,12 +34,18 @@ class VolumeBook:
         if changed:
             self._desk.unblock()
 
-    def decommissioned(self, id: VolumeID) -> None:
-        """An operator does not want it used again."""
-        volume = self._world.volumes.get(id)
-        if volume is not None and not volume.decommissioned:
-            self._world.put_volume(replace(volume, decommissioned=True))
-            self._desk.unblock()
+    def recorded(self, record: Volume) -> None:
+        """Take in what the controller's books say: that it exists, on a host that is away, or is not to be used again.
+
+        What hosts say of their volumes they know better.
+        """
+        known = self._world.volumes.get(record.id)
+        if known is not None:
+            if record.decommissioned and not known.decommissioned:
+                self._world.put_volume(replace(known, decommissioned=True))
+                self._desk.unblock()
+        elif record.state is VolumeState.CREATED and (record.decommissioned or record.host not in self._world.hosts):
+            self._world.put_volume(replace(record, job=None))
 
     def put(self, volume: Volume) -> None:
         self._world.put_volume(volume)

@@ -151,6 +151,24 @@ def volume_of_host(host: HostID, info: VolumeInfo) -> Volume | None:
     )
 
 
+def recorded_volume(given: WireVolume) -> Volume | None:
+    """None for volumes that no app owns, and for states that nobody knows."""
+    if not given.app or given.state not in list(VolumeState):
+        return None
+    return Volume(
+        id=VolumeID(given.id),
+        host=HostID(given.host_id),
+        app=given.app,
+        release=given.release,
+        type=given.job_type,
+        path=given.path,
+        delete_on_stop=given.delete_on_stop,
+        state=VolumeState(given.state),
+        decommissioned=given.decommissioned_at is not None and given.decommissioned_at != ZERO_TIME,
+        created_at=given.created_at,
+    )
+
+
 def volume_meta(volume: Volume) -> dict[str, str]:
     return {
         META_APP: volume.app,

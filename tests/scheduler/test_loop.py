@@ -92,8 +92,8 @@ class MemoryController:
                 yield change
 
     async def follow_volumes(self, since: datetime = ZERO_TIME) -> AsyncIterator[Volume]:
-        await asyncio.Event().wait()
         yield Volume()
+        await asyncio.Event().wait()
 
     async def active_formations(self) -> list[ExpandedFormation]:
         return []

@@ -36,6 +36,7 @@ from flynn.scheduler.events import (
     LeadershipChanged,
     ListingFailed,
     PersistJob,
+    PersistVolume,
     RecordedJob,
     RecordsListed,
     Resync,
@@ -45,7 +46,9 @@ from flynn.scheduler.events import (
     StopDone,
     StopJob,
     Tick,
+    VolumeRecorded,
     VolumesListed,
+    VolumesRecorded,
 )
 from flynn.scheduler.model import WIRE_STATE, Formation, HostID, Job, JobID, JobState, Volume, VolumeState
 from flynn.types.app import App
@@ -90,6 +93,7 @@ class Simulation:
         self.engines = [Engine(Random(seed * 2 + n), self.new_id) for n in range(2)]
         self.leader: int | None = None
         self.books: dict[JobID, RecordedJob] = {}
+        self.volume_books: dict[str, Volume] = {}
         self.formations: dict[str, Formation] = {}
         self.serving: set[JobID] = set()
         self.completed: list[str] = []
@@ -157,6 +161,8 @@ class Simulation:
             case PersistJob(job):
                 assert engine.leader or self.several_leaders, "only the leader keeps the books"
                 self.write(job)
+            case PersistVolume(volume):
+                self.volume_books[volume.id] = volume
             case CompleteScaleRequest(_, request):
                 self.completed.append(request.id)
             case FollowHost(host):
@@ -176,8 +182,19 @@ class Simulation:
     def sync(self, n: int) -> None:
         for host in self.engines[n].world.hosts:
             self.list_host(n, host)
+        if self.trouble:
+            self.tell_volumes(n)
+        else:
+            for volume in self.volume_books.values():
+                self.step(n, VolumeRecorded(volume))
+            self.step(n, VolumesRecorded())
         self.tell(FormationsListed(tuple(f for f in self.formations.values() if f.active), self.now), n)
         self.tell(RecordsListed(tuple(r for r in self.books.values() if r.state != "down"), self.now), n)
+
+    def tell_volumes(self, n: int) -> None:
+        for volume in self.volume_books.values():
+            self.tell(VolumeRecorded(volume), n)
+        self.at(6, lambda: self.step(n, VolumesRecorded()))
 
     def list_host(self, n: int, id: HostID) -> None:
         host = self.hosts[id]
@@ -442,6 +459,49 @@ def test_a_dead_nodes_jobs_are_replaced_and_data_is_waited_for() -> None:
     assert [job.type for job in dead.active()].count("db") == 1
 
 
+def test_a_scheduler_that_begins_while_a_host_is_away_waits_for_the_data_there_too() -> None:
+    simulation = calm()
+    simulation.scale("shop", {"db": 1})
+    simulation.run(5)
+    host = next(host for host in simulation.hosts.values() if host.active())
+    simulation.lose_host(host, with_jobs=True)
+    simulation.run(20)
+    simulation.engines[1] = Engine(Random(9), simulation.new_id)  # it has never seen that host
+    for other in simulation.hosts.values():
+        if other is not host:
+            simulation.return_host(other)
+    simulation.tell(FormationReceived(simulation.formations["shop"]))
+    simulation.run(1)
+    simulation.lead(1)
+    simulation.run(60)
+    assert not any(other.active() for other in simulation.hosts.values())
+    assert [job.reason for job in simulation.engines[1].world.jobs.values()] == ["host is down"]
+    simulation.return_host(host)
+    simulation.run(5)
+    assert [job.type for job in host.active()] == ["db"]
+    assert len(host.volumes) == 1
+
+
+def test_a_volume_that_was_decommissioned_before_its_host_was_seen_is_not_used() -> None:
+    simulation = calm()
+    simulation.scale("shop", {"db": 1})
+    simulation.run(5)
+    host = next(host for host in simulation.hosts.values() if host.active())
+    (old,) = simulation.volume_books.values()
+    simulation.volume_books[old.id] = replace(old, decommissioned=True)
+    simulation.end_job(host, host.active()[0].id)
+    simulation.engines[1] = Engine(Random(9), simulation.new_id)
+    simulation.step(1, VolumeRecorded(simulation.volume_books[old.id]))
+    for other in simulation.hosts.values():
+        simulation.return_host(other)
+    simulation.tell(FormationReceived(simulation.formations["shop"]), 1)
+    simulation.run(0)
+    simulation.lead(1)
+    simulation.run(30)
+    (job,) = [job for other in simulation.hosts.values() for job in other.active()]
+    assert old.id not in job.volumes
+
+
 def test_all_nodes_die_at_once_and_come_back_empty() -> None:
     simulation = calm()
     simulation.scale("shop", {"web": 3, "worker": 2, "agent": 1, "db": 1})
@@ -479,7 +539,7 @@ def test_a_full_reconcile_of_a_thousand_hosts_and_ten_thousand_jobs_takes_less_t
     engine.step(hosts, now)
     engine.step([FormationReceived(formation) for formation in formations], now)
     engine.step([LeadershipChanged(True)], now)
-    engine.step([FormationsListed(formations, now), RecordsListed((), now)], now)
+    engine.step([FormationsListed(formations, now), RecordsListed((), now), VolumesRecorded()], now)
     engine.step([JobsListed(host.host, (), now) for host in hosts[1:]], now)
     began = perf_counter()
     actions = engine.step([JobsListed(hosts[0].host, (), now)], now)

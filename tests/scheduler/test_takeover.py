@@ -26,6 +26,7 @@ from flynn.scheduler.events import (
     StartJob,
     StopJob,
     Tick,
+    VolumesRecorded,
 )
 from flynn.scheduler.model import Formation, HostID, JobID, JobState, VolumeID
 from flynn.types.app import SYSTEM_APP, SYSTEM_CRITICAL, VOLUME_SCOPE, App
@@ -48,6 +49,7 @@ class Stage:
         self.stops: list[StopJob] = []
         self.tell(HostSeen(NODE, {}), LeadershipChanged(True))
         self.tell(JobsListed(NODE, (), self.now), FormationsListed((), self.now), RecordsListed((), self.now))
+        self.tell(VolumesRecorded())
 
     def tell(self, *events: Event) -> None:
         self.now += timedelta(milliseconds=100)
