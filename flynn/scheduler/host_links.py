@@ -43,6 +43,7 @@ class HostLinks:
     def __init__(
         self, registry: Registry, dial: HostDialer, clock: Clock, tasks: TaskSet, world: World, tell: Tell
     ) -> None:
+        self.found = asyncio.Event()  # set when a host has been connected to; cleared by whom it concerns
         self.current = asyncio.Event()  # all hosts that the directory lists are known
         self._registry = registry
         self._dial = dial
@@ -62,6 +63,9 @@ class HostLinks:
             raise NotFound(f"host {host} is not connected")
         return api
 
+    def connected(self) -> list[tuple[HostID, HostApi]]:
+        return list(self._apis.items())
+
     def follow(self, host: HostID) -> None:
         self._followers[host] = self._tasks.start(f"follow {host}", self._follow(host))
 
@@ -75,7 +79,7 @@ class HostLinks:
     async def list_all(self) -> None:
         """List the jobs and volumes of every host that is followed."""
         async with asyncio.TaskGroup() as group:
-            for host, api in list(self._apis.items()):
+            for host, api in self.connected():
                 group.create_task(self._try_to_list(host, api), name=f"list {host}")
 
     async def _try_to_list(self, host: HostID, api: HostApi) -> None:
@@ -132,6 +136,7 @@ class HostLinks:
                         self._apis[host] = await stack.enter_async_context(self._dial(host, current))
                         stack.callback(self._apis.pop, host, None)
                         address = current
+                        self.found.set()
                     api = self._apis[host]
                     async with api.subscribed() as events:
                         await self._list(host, api)

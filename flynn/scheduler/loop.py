@@ -40,6 +40,7 @@ from flynn.scheduler.host_links import HostLinks
 from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.neighbours import ControllerApi, HostDialer, RouterDialer
 from flynn.scheduler.outbox import Outbox
+from flynn.scheduler.sinks import SinkKeeper
 from flynn.scheduler.traffic_feed import TrafficFeed
 from flynn.types.instance import Instance
 
@@ -48,6 +49,7 @@ SERVICE = "controller-scheduler"
 QUEUE_LIMIT = 10_000
 JOBS_EVERY = timedelta(seconds=30)
 FORMATIONS_EVERY = timedelta(seconds=60)
+SINKS_EVERY = timedelta(seconds=60)
 
 
 class SchedulerLoop:
@@ -73,6 +75,7 @@ class SchedulerLoop:
         self._controller = ControllerFeed(controller, clock, self.tell)
         self._traffic = TrafficFeed(registry, dial_router, tasks, self.tell)
         self._errands = Errands(self._hosts, self.tell)
+        self._sinks = SinkKeeper(controller, self._hosts, lambda: bool(engine.leader), self._hosts.found)
         self._resync_jobs = asyncio.Event()
         self._resync_formations = asyncio.Event()
 
@@ -85,6 +88,8 @@ class SchedulerLoop:
         spawn("follow volumes", self._controller.follow_volumes())
         spawn("list jobs", _every(JOBS_EVERY, self._resync_jobs, self._list_jobs))
         spawn("list formations", _every(FORMATIONS_EVERY, self._resync_formations, self._controller.list_formations))
+        spawn("follow sinks", self._sinks.follow())
+        spawn("bring sinks", _every(SINKS_EVERY, self._hosts.found, self._sinks.bring))
         spawn("watch routers", self._traffic.watch_routers())
 
     async def caught_up(self) -> None:
@@ -140,6 +145,7 @@ class SchedulerLoop:
                 self._traffic.watch_services(services)
             case Resync():
                 self._resync_jobs.set()
+                self._hosts.found.set()
                 self._resync_formations.set()
             case DropPending():
                 self.outbox.clear()

@@ -29,6 +29,7 @@ from flynn.types.host import ActiveJob, HostJob, HostStatus, JobEvent, JobEventK
 from flynn.types.instance import Instance
 from flynn.types.job import Job
 from flynn.types.release import ProcessType, Release
+from flynn.types.sink import Sink, SinkInfo
 from flynn.types.volume import Volume, VolumeInfo, VolumeRequest
 
 WEB = Release(id="rel", processes={"web": ProcessType(service="shop-web")})
@@ -40,6 +41,8 @@ class MemoryHost:
         self.running: dict[str, ActiveJob] = {}
         self.calls: list[str] = []
         self.events: Broadcast[JobEvent] = Broadcast()
+        own = Sink(id="own", kind="logaggregator", host_managed=True, config={})
+        self.held_sinks = {"own": own, "left": Sink(id="left", kind="syslog", config={"url": "syslog://gone"})}
 
     async def status(self) -> HostStatus:
         return HostStatus(id=self.id)
@@ -75,6 +78,16 @@ class MemoryHost:
     async def volumes(self) -> list[VolumeInfo]:
         return []
 
+    async def sinks(self) -> list[Sink]:
+        return list(self.held_sinks.values())
+
+    async def put_sink(self, sink: SinkInfo) -> None:
+        self.held_sinks[sink.id] = Sink(id=sink.id, kind=sink.kind, config=sink.config)
+
+    async def delete_sink(self, sink_id: str) -> None:
+        if self.held_sinks.pop(sink_id, None) is None:
+            raise NotFound()
+
     async def create_volume(self, request: VolumeRequest) -> VolumeInfo:
         raise NotImplementedError
 
@@ -82,6 +95,7 @@ class MemoryHost:
 class MemoryController:
     def __init__(self) -> None:
         self.formations: Broadcast[ExpandedFormation] = Broadcast()
+        self.sinks: Broadcast[Sink] = Broadcast()
         self.told: list[str] = []
         self.away = False
 
@@ -94,6 +108,13 @@ class MemoryController:
     async def follow_volumes(self, since: datetime = ZERO_TIME) -> AsyncIterator[Volume]:
         yield Volume()
         await asyncio.Event().wait()
+
+    async def follow_sinks(self, since: datetime = ZERO_TIME) -> AsyncIterator[Sink]:
+        async with self.sinks.subscribe() as changes:
+            yield Sink(id="s0", kind="syslog", config={"url": "syslog://old"})
+            yield Sink()
+            async for change in changes:
+                yield change
 
     async def active_formations(self) -> list[ExpandedFormation]:
         return []
@@ -196,3 +217,13 @@ async def test_a_controller_that_is_away_does_not_keep_jobs_from_starting(world:
     assert world.controller.told == []
     world.controller.away = False
     await world.eventually(lambda: world.controller.told == ["pending", "starting"])
+
+
+async def test_hosts_get_the_sinks_of_the_cluster_and_lose_those_that_were_removed(world: World) -> None:
+    held = world.host.held_sinks
+    await world.eventually(lambda: set(held) == {"own", "s0"})
+    changed = Sink(id="s0", kind="syslog", config={"url": "syslog://new"})
+    world.controller.sinks.send(changed)
+    await world.eventually(lambda: held["s0"].config == changed.config)
+    world.controller.sinks.send(replace(changed, config=None))
+    await world.eventually(lambda: set(held) == {"own"})

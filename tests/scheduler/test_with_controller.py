@@ -26,6 +26,7 @@ from flynn.types.errors import NotFound
 from flynn.types.formation import Formation
 from flynn.types.instance import Instance
 from flynn.types.release import ProcessType, VolumeReq
+from flynn.types.sink import Sink
 from flynn.types.volume import VolumeInfo, VolumeRequest
 from tests.controller.conftest import (
     Shop,
@@ -172,3 +173,15 @@ async def test_deleting_a_formation_stops_its_jobs(controller: Controller, shop:
         await controller.scale("shop", shop.release.id, {"web": 1})
         await controller.delete_formation("shop", shop.release.id)
         await until(controller, [("web", "down")])
+
+
+async def test_a_log_sink_that_an_operator_adds_comes_to_the_hosts(controller: Controller) -> None:
+    host = Host("h1")
+    async with scheduling(controller, host), asyncio.timeout(10):
+        sink = await controller.create_sink(Sink(kind="syslog", config={"url": "syslog://logs.test:514"}))
+        while sink.id not in host.held_sinks:
+            await asyncio.sleep(0.05)
+        assert host.held_sinks[sink.id].config == sink.config
+        await controller.delete_sink(sink.id)
+        while sink.id in host.held_sinks:
+            await asyncio.sleep(0.05)
