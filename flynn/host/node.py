@@ -78,6 +78,7 @@ class Node:
             version=VERSION,
             flags=list(self._config.flags) or None,
             update=self._update.last,
+            memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         )
 
     async def restore(self, living: set[str]) -> None:

@@ -64,7 +64,8 @@ def next_move(formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID
         mine = [job for job in jobs if job.in_formation and job.type == type and job.state is not JobState.STOPPED]
         if len(mine) != targets[type] or any(job.state is not JobState.RUNNING for job in mine):
             continue
-        move = _levelling(mine, [host for host in hosts.values() if host.fits(formation.tags_of(type))], now)
+        tags, memory = formation.tags_of(type), formation.memory_of(type)
+        move = _levelling(mine, [host for host in hosts.values() if host.fits(tags) and host.holds(memory)], now)
         if move is not None:
             return move
     return None

@@ -31,6 +31,7 @@ from flynn.scheduler.events import (
     FormationReceived,
     FormationsListed,
     HostChecked,
+    HostDescribed,
     HostGone,
     HostSeen,
     JobReported,
@@ -134,6 +135,8 @@ class Engine:
                 self._overruled(now)
             case HostSeen():
                 self._hosts.seen(event, now)
+            case HostDescribed():
+                self._hosts.described(event)
             case HostGone(host):
                 self._hosts.gone(host, now)
             case HostChecked(host, alive):

@@ -33,6 +33,14 @@ class HostSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class HostDescribed:
+    """What the host says of itself."""
+
+    host: HostID
+    memory: int  # bytes; 0: it does not say
+
+
+@dataclass(frozen=True, slots=True)
 class HostGone:
     """discoverd does not list it any more."""
 
@@ -64,6 +72,7 @@ class JobReport:
     meta: Mapping[str, str] | None = None
     exit_status: int | None = None
     error: str | None = None
+    memory: int = 0  # bytes it asks for
     resurrected: bool = False  # it ended, and its host brings it back by itself, as another job
 
 
@@ -210,6 +219,7 @@ Event = (
     LeadershipChanged
     | Overruled
     | HostSeen
+    | HostDescribed
     | HostGone
     | HostChecked
     | JobReported

@@ -15,6 +15,7 @@ from flynn.discoverd.registry import Registry
 from flynn.scheduler import wire
 from flynn.scheduler.events import (
     HostChecked,
+    HostDescribed,
     HostGone,
     HostSeen,
     JobReported,
@@ -139,6 +140,7 @@ class HostLinks:
                         self.found.set()
                     api = self._apis[host]
                     async with api.subscribed() as events:
+                        await self._describe(host, api)
                         await self._list(host, api)
                         delays = RECONNECT.delays()
                         async for event in events:
@@ -150,6 +152,10 @@ class HostLinks:
                     log.info("host stream interrupted", extra={"host": host, "error": error})
                     await self._tell(ListingFailed(host))
                 await asyncio.sleep(next(delays))
+
+    async def _describe(self, host: HostID, api: HostApi) -> None:
+        async with asyncio.timeout(QUICK.total_seconds()):
+            await self._tell(HostDescribed(host, (await api.status()).memory))
 
     async def _list(self, host: HostID, api: HostApi) -> None:
         asked_at = self._clock.now()

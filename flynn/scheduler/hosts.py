@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from flynn.scheduler import job_state
 from flynn.scheduler.desk import Desk, Timer
-from flynn.scheduler.events import CheckHost, FollowHost, HostSeen, UnfollowHost
+from flynn.scheduler.events import CheckHost, FollowHost, HostDescribed, HostSeen, UnfollowHost
 from flynn.scheduler.jobs import JobBook
 from flynn.scheduler.model import Host, HostID
 
@@ -56,6 +56,12 @@ class HostWatch:
         if host.tags != known.tags or host.shutting_down != known.shutting_down or not known.healthy:
             self._changed()
             self._desk.at(now + STEADY, Timer.STEADY)
+
+    def described(self, event: HostDescribed) -> None:
+        host = self._world.hosts.get(event.host)
+        if host is not None and host.memory != event.memory:
+            self._world.hosts[host.id] = replace(host, memory=event.memory)
+            self._desk.unblock()
 
     def gone(self, id: HostID, now: datetime) -> None:
         """discoverd does not list it any more."""

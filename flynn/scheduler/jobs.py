@@ -73,6 +73,9 @@ class JobBook:
         self._desk.to_place.pop(after.id, None)
         self._desk.blocked.pop(after.id, None)
         self._volumes.release(after, now)
+        formation = self._world.formations.get(after.key)
+        if formation is not None and formation.host_ports(after.type):
+            self._desk.unblock()  # somebody may have waited for its ports
         unasked = before.state is not JobState.STOPPING and after.in_formation and before.host
         if self._desk.leader and unasked:
             does_not_start = self._restarts.ended(after, before.state, now, resurrected=resurrected)
@@ -196,4 +199,5 @@ def _adopted(report: JobReport) -> Job:
         args=report.args,
         volumes=report.volumes,
         meta=report.meta or {},
+        memory=report.memory,
     )

@@ -25,6 +25,14 @@ Tags = Mapping[str, str]
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
+class HostPort(NamedTuple):
+    port: int
+    proto: str
+
+    def __str__(self) -> str:
+        return f"{self.port}/{self.proto}"
+
+
 class FormationKey(NamedTuple):
     app: str
     release: str
@@ -73,11 +81,16 @@ class Host:
     failed_checks: int = 0
     shutting_down: bool = False
     listed: bool = True  # discoverd has it
+    memory: int = 0  # bytes; 0: not known
     steady_since: datetime = LONG_AGO  # when it was seen first, or was well again, as far as this scheduler has seen it
 
     @property
     def takes_jobs(self) -> bool:
         return self.healthy and self.listed and not self.shutting_down
+
+    def holds(self, memory: int) -> bool:
+        """Whether the host could give so much to one job if it had no other."""
+        return not self.memory or memory <= self.memory
 
     def fits(self, wanted: Tags) -> bool:
         """Whether the host carries all wanted tags; none wanted fits every host."""
@@ -97,6 +110,7 @@ class Job:
     args: tuple[str, ...] = ()
     volumes: tuple[VolumeID, ...] = ()
     meta: Mapping[str, str] = field(default_factory=dict)
+    memory: int = 0  # bytes it asks for
     restarts: int = 0
     attempts: int = 0  # failed start requests so far
     run_at: datetime | None = None  # not to be started before
@@ -159,6 +173,18 @@ class Formation:
         if process.volumes:
             return tuple(process.volumes)
         return (VolumeReq(path="/data"),) if process.data else ()
+
+    def memory_of(self, type: str) -> int:
+        """How much memory a job of the type asks for, in bytes; 0 for one that does not say."""
+        asked = self.process(type).resources.get("memory")
+        return asked.request or 0 if asked is not None else 0
+
+    def host_ports(self, type: str) -> frozenset[HostPort]:
+        """The ports a job of the type takes of its host: two such jobs cannot run on one."""
+        process = self.process(type)
+        if not process.host_network:
+            return frozenset()
+        return frozenset(HostPort(port.port, port.proto or "tcp") for port in process.ports if port.port)
 
     def tags_of(self, type: str) -> Tags:
         return self.tags.get(type) or {}

@@ -1,6 +1,8 @@
-"""Where a new job goes: tags, spread, and the volumes that tie it to a host. Pure; randomness is the caller's order.
+"""Where a new job goes: tags, spread, memory, ports, the volumes that tie it to a host. Pure; chance is an argument.
 
-Not considered: memory, cpu and disk requests, jobs of other formations.
+Memory decides little on purpose: limits are what the platform enforces, and most requests are a default that nobody
+has thought about. A host that could not hold the job at all is no choice; among hosts that are equally good otherwise,
+the one is better of whose memory less is asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +11,41 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flynn.scheduler.model import Formation, Host, HostID, JobID, Tags, Volume, VolumeID
+from flynn.scheduler.model import Formation, Host, HostID, HostPort, JobID, Tags, Volume, VolumeID
 from flynn.types.release import VolumeReq
 
 NO_HOSTS = "no hosts found"
 NO_MATCH = "no hosts found matching job tags"
 HOST_DOWN = "host is down"
+CANDIDATES = 4  # empty hosts compared for each job wanted: two would do, all would cost too much
+
+NONE_RESERVED: Mapping[HostID, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a type asks of a host."""
+
+    tags: Tags
+    memory: int = 0  # bytes
+    ports: frozenset[HostPort] = frozenset()  # of the host itself
+    taken: frozenset[HostID] = frozenset()  # hosts where somebody has one of these ports
+    alone: bool = False  # no two of its jobs fit on one host
+
+    def met_by(self, host: Host) -> bool:
+        return not host.shutting_down and host.fits(self.tags) and host.holds(self.memory) and host.id not in self.taken
+
+    def refusal(self, hosts: Iterable[Host]) -> str:
+        """Why none of `hosts` will do."""
+        known = list(hosts)
+        if not known:
+            return NO_HOSTS
+        tagged = [host for host in known if not host.shutting_down and host.fits(self.tags)]
+        if not tagged:
+            return NO_MATCH
+        if not any(host.holds(self.memory) for host in tagged):
+            return f"no host has the {self.memory / 2**30:.1f} GiB of memory that it asks for"
+        return f"on every host that fits a job has port {' or '.join(str(port) for port in sorted(self.ports))}"
 
 
 def rotated(hosts: Sequence[Host], start: int) -> Iterator[Host]:
@@ -26,9 +57,10 @@ def rotated(hosts: Sequence[Host], start: int) -> Iterator[Host]:
 def spread(
     hosts: Iterable[Host],
     load: Mapping[HostID, int],
-    wanted: Tags,
+    needs: Needs,
     count: int,
     *,
+    reserved: Mapping[HostID, int] = NONE_RESERVED,
     avoid: HostID | None = None,
     prefer_healthy: bool = True,
 ) -> list[Host]:
@@ -36,28 +68,36 @@ def spread(
 
     `hosts` arrives shuffled: the caller owns the randomness, and the first of equals wins. `load` counts pending,
     blocked, starting and running jobs; a host without an entry counts as empty. Among equally loaded hosts a healthy
-    one comes before one under suspicion, and `avoid` (it refused the job last time) comes after all others, whatever
-    its load. Empty if no host carries the tags. Stops looking as soon as enough empty hosts are found.
+    one comes before one under suspicion, then one whose memory is `reserved` less, and `avoid` (it refused the job last
+    time) comes after all others, whatever its load. Fewer than `count` if there are not enough, empty if no host will
+    do. Stops looking as soon as enough empty hosts are found to choose from.
     """
-    chosen: list[Host] = []
-    heap: list[tuple[bool, int, bool, int, Host]] = []
+
+    def asked_of(host: Host) -> float:
+        return reserved.get(host.id, 0) / host.memory if host.memory else 0.0
+
+    empty: list[tuple[float, int, Host]] = []
+    heap: list[tuple[bool, int, bool, float, int, Host]] = []
     for position, host in enumerate(hosts):
-        if host.shutting_down or not host.fits(wanted):
+        if not needs.met_by(host):
             continue
         jobs, suspect, avoided = load.get(host.id, 0), prefer_healthy and not host.healthy, host.id == avoid
+        if jobs and needs.alone:
+            continue
         if jobs == 0 and not suspect and not avoided:
-            chosen.append(host)
-            if len(chosen) == count:
-                return chosen
-            jobs = 1
-        heap.append((avoided, jobs, suspect, position, host))
-    if not heap:
-        return []
+            empty.append((asked_of(host), position, host))
+            if len(empty) == CANDIDATES * count:
+                break
+        heap.append((avoided, jobs, suspect, asked_of(host), position, host))
+    if len(empty) >= count:
+        return [host for _, _, host in sorted(empty)[:count]]
     heapq.heapify(heap)
-    while len(chosen) < count:
-        avoided, jobs, suspect, position, host = heap[0]
+    chosen: list[Host] = []
+    while heap and len(chosen) < count:
+        avoided, jobs, suspect, asked, position, host = heapq.heappop(heap)
         chosen.append(host)
-        heapq.heapreplace(heap, (avoided, jobs + 1, suspect, position, host))
+        if not needs.alone:
+            heapq.heappush(heap, (avoided, jobs + 1, suspect, asked, position, host))
     return chosen
 
 
@@ -81,6 +121,8 @@ def place(
     load: Mapping[HostID, int],
     volumes: Sequence[Volume],
     *,
+    needs: Needs,
+    reserved: Mapping[HostID, int] = NONE_RESERVED,
     avoid: HostID | None = None,
     new_volume_id: Callable[[], VolumeID],
 ) -> Chosen | Refused:
@@ -92,22 +134,21 @@ def place(
     """
     if not hosts:
         return Refused(NO_HOSTS)
-    tags = formation.tags_of(type)
     omni = formation.process(type).omni
     requests = formation.volume_requests(type)
-    pinned = _pinned(requests, volumes, {host.id: host for host in hosts}, tags) if requests and not omni else None
+    pinned = _pinned(requests, volumes, {host.id: host for host in hosts}, needs) if requests and not omni else None
     if isinstance(pinned, Refused):
         return pinned
     if pinned is None:
-        found = spread(order, load, tags, 1, avoid=None if omni else avoid, prefer_healthy=not omni)
+        found = spread(order, load, needs, 1, reserved=reserved, avoid=None if omni else avoid, prefer_healthy=not omni)
         if not found:
-            return Refused(NO_MATCH)
+            return Refused(needs.refusal(hosts))
         pinned = found[0]
     return Chosen(pinned, _bind(formation, type, job, requests, volumes, pinned.id, new_volume_id))
 
 
 def _pinned(
-    requests: Sequence[VolumeReq], volumes: Sequence[Volume], hosts: Mapping[HostID, Host], tags: Tags
+    requests: Sequence[VolumeReq], volumes: Sequence[Volume], hosts: Mapping[HostID, Host], needs: Needs
 ) -> Host | Refused | None:
     paths = {request.path for request in requests}
     candidates = [volume for volume in volumes if volume.reusable and volume.path in paths]
@@ -118,9 +159,9 @@ def _pinned(
         host = hosts.get(volume.host)
         if host is None or host.shutting_down:
             continue
-        if host.fits(tags):
+        if needs.met_by(host):
             return host
-        refusal = Refused(NO_MATCH)
+        refusal = Refused(needs.refusal([host]))
     return refusal
 
 

@@ -11,7 +11,7 @@ from flynn.scheduler import job_state, placement
 from flynn.scheduler.desk import Desk, Timer
 from flynn.scheduler.events import PersistJob, StartDone, StartJob
 from flynn.scheduler.jobs import JobBook
-from flynn.scheduler.model import Formation, FormationKey, Host, HostID, Job, JobID, JobState, VolumeID
+from flynn.scheduler.model import Formation, FormationKey, Host, HostID, HostPort, Job, JobID, JobState, VolumeID
 from flynn.scheduler.reconcile import load_by_host
 from flynn.scheduler.restarts import Restarts
 from flynn.scheduler.volumes import VolumeBook
@@ -60,6 +60,7 @@ class Placing:
             state=JobState.PENDING,
             created_at=now,
             args=tuple(formation.process(type).args),
+            memory=formation.memory_of(type),
         )
 
     def place(self, now: datetime) -> None:
@@ -90,30 +91,61 @@ class Placing:
                 self._desk.at(now + LEAVING_PAUSE, Timer.START, job.id)
             return
         waiting = {job.id for job in jobs}
+        needs = self._needs(formation, type)
         load = load_by_host((job for job in self._world.jobs_of(formation.key) if job.id not in waiting), type)
         start = self._desk.random.randrange(len(hosts)) if hosts else 0
         one_by_one = [job for job in jobs if job.avoid is not None] if not formation.volume_requests(type) else jobs
         for job in one_by_one:
-            self._place_one(formation, job, hosts, start, load, now)
+            self._place_one(formation, job, needs, hosts, start, load, now)
         together = [job for job in jobs if job.avoid is None] if one_by_one is not jobs else []
         if not together:
             return
         found = placement.spread(
             placement.rotated(hosts, start),
             load,
-            formation.tags_of(type),
+            needs,
             len(together),
+            reserved=self._world.reserved,
             prefer_healthy=not formation.process(type).omni,
         )
-        if not found:
-            reason = placement.NO_MATCH if hosts else placement.NO_HOSTS
-            for job in together:
-                self._jobs.apply(job, job_state.NoPlace(reason), now)
         for job, host in zip(together, found, strict=False):
             self.start(formation, job, placement.Chosen(host), now)
+        for job in together[len(found) :]:
+            self._jobs.apply(job, job_state.NoPlace(needs.refusal(hosts)), now)
+
+    def _needs(self, formation: Formation, type: str) -> placement.Needs:
+        ports = formation.host_ports(type)
+        omni = formation.process(type).omni
+        return placement.Needs(
+            tags=formation.tags_of(type),
+            memory=formation.memory_of(type),
+            ports=ports,
+            taken=self._hosts_with(ports, of_others_than=formation.app.id) if ports else frozenset(),
+            # Of an omni type there is one on each host anyway, but for the moment when one takes another one's place.
+            alone=bool(ports) and not omni,
+        )
+
+    def _hosts_with(self, ports: frozenset[HostPort], of_others_than: str) -> frozenset[HostID]:
+        """Hosts where other apps have one of these ports. Within an app its strategy says what may run together."""
+        return frozenset(
+            job.host
+            for key, other in self._world.formations.items()
+            if key.app != of_others_than
+            for type in other.release.processes
+            if ports & other.host_ports(type)
+            for job in self._world.jobs_of(key)
+            if job.type == type and job.host is not None and (job.state.counts or job.state is JobState.STOPPING)
+        )
 
     def _place_one(
-        self, formation: Formation, job: Job, hosts: list[Host], start: int, load: Counter[HostID], now: datetime
+        self,
+        formation: Formation,
+        job: Job,
+        needs: placement.Needs,
+        hosts: list[Host],
+        start: int,
+        load: Counter[HostID],
+        now: datetime,
     ) -> None:
         # Volumes of an attempt that failed before they were created are forgotten; created ones are free to be taken.
         self._volumes.release(job, now)
@@ -125,6 +157,8 @@ class Placing:
             placement.rotated(hosts, start),
             load,
             self._world.volumes_of(formation, job.type),
+            needs=needs,
+            reserved=self._world.reserved,
             avoid=job.avoid,
             new_volume_id=lambda: VolumeID(self._desk.new_id()),
         )

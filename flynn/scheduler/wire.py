@@ -78,6 +78,7 @@ def report(host: HostID, active: ActiveJob) -> JobReport | None:
         meta=jobspec.public_meta(meta),
         exit_status=active.exit_status,
         error=active.error,
+        memory=asked.request or 0 if (asked := active.job.resources.get("memory")) is not None else 0,
         resurrected=active.status.down and active.job.resurrect and not active.force_stop,
     )
 

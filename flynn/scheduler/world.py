@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 
@@ -28,6 +28,7 @@ class World:
         self.jobs: dict[JobID, Job] = {}
         self.formations: dict[FormationKey, Formation] = {}
         self.volumes: dict[VolumeID, Volume] = {}
+        self.reserved: Counter[HostID] = Counter()  # bytes of memory that the jobs of a host ask for
         self._jobs_of: dict[FormationKey, dict[JobID, Job]] = defaultdict(dict)
         self._jobs_on: dict[HostID, dict[JobID, None]] = defaultdict(dict)  # dicts where sets would do: order is kept
         self._volumes_of: dict[tuple[str, str], dict[VolumeID, Volume]] = defaultdict(dict)
@@ -40,14 +41,21 @@ class World:
             self._jobs_on[before.host].pop(job.id, None)
         if job.host is not None:
             self._jobs_on[job.host][job.id] = None
+        self._reserve(before, -1)
+        self._reserve(job, 1)
         self.jobs[job.id] = job
         self._jobs_of[job.key][job.id] = job
 
     def drop_job(self, id: JobID) -> None:
         job = self.jobs.pop(id)
+        self._reserve(job, -1)
         self._jobs_of[job.key].pop(id, None)
         if job.host is not None:
             self._jobs_on[job.host].pop(id, None)
+
+    def _reserve(self, job: Job | None, sign: int) -> None:
+        if job is not None and job.host is not None and job.state.counts:
+            self.reserved[job.host] += sign * job.memory
 
     def jobs_of(self, key: FormationKey) -> Collection[Job]:
         return self._jobs_of[key].values() if key in self._jobs_of else ()

@@ -145,6 +145,7 @@ class HostStatus(Wire):
     network: NetworkConfig | None = None
     version: str = always("")
     flags: list[str] | None = always(None)
+    memory: int = 0  # bytes that the machine has; 0 from a daemon that does not say
     update: HostUpdate | None = None
 
 

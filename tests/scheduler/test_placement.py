@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pytest import param
 
-from flynn.scheduler.model import Formation, Host, HostID, JobID, Volume, VolumeID, VolumeState
-from flynn.scheduler.placement import HOST_DOWN, NO_HOSTS, NO_MATCH, Chosen, Refused, place, rotated, spread
+from flynn.scheduler.model import Formation, Host, HostID, HostPort, JobID, Volume, VolumeID, VolumeState
+from flynn.scheduler.placement import HOST_DOWN, NO_HOSTS, NO_MATCH, Chosen, Needs, Refused, place, rotated, spread
 from flynn.types.app import App
 from flynn.types.release import ProcessType, Release, VolumeReq
 
@@ -35,12 +35,49 @@ A, B, C = Host(HostID("a")), Host(HostID("b"), {"disk": "ssd"}), Host(HostID("c"
     ],
 )
 def test_spread(hosts: list[Host], load: dict[HostID, int], tags: dict[str, str], count: int, chosen: str) -> None:
-    assert "".join(host.id for host in spread(hosts, load, tags, count)) == chosen
+    assert "".join(host.id for host in spread(hosts, load, Needs(tags), count)) == chosen
 
 
 def test_a_host_that_refused_is_taken_only_if_there_is_no_other() -> None:
-    assert spread([A, B], {HostID("b"): 7}, {}, 1, avoid=HostID("a"))[0] is B
-    assert spread([A], {}, {}, 1, avoid=HostID("a")) == [A]
+    assert spread([A, B], {HostID("b"): 7}, Needs({}), 1, avoid=HostID("a"))[0] is B
+    assert spread([A], {}, Needs({}), 1, avoid=HostID("a")) == [A]
+
+
+GIB = 2**30
+SMALL, LARGE = replace(A, memory=4 * GIB), replace(B, memory=16 * GIB)
+PORT = frozenset({HostPort(80, "tcp")})
+
+
+@pytest.mark.parametrize(
+    ("needs", "load", "reserved", "chosen"),
+    [
+        param(Needs({}, memory=8 * GIB), {"b": 9}, {}, "b", id="where it could not run at all is no choice"),
+        param(
+            Needs({}, memory=1 * GIB), {}, {"a": 2 * GIB, "b": 4 * GIB}, "b", id="less is asked for of the larger one"
+        ),
+        param(Needs({}, memory=1 * GIB), {}, {"a": 1 * GIB, "b": 12 * GIB}, "a", id="and here of the smaller one"),
+        param(Needs({}, memory=1 * GIB), {"b": 1}, {"a": 64 * GIB}, "a", id="spread outranks what is only asked for"),
+        param(Needs({}, memory=32 * GIB), {}, {}, "no host has the 32.0 GiB of memory that it asks for", id="too big"),
+        param(Needs({}, ports=PORT, taken=frozenset({A.id})), {}, {}, "b", id="not where another app has its port"),
+        param(
+            Needs({}, ports=PORT, taken=frozenset({A.id, B.id})),
+            {},
+            {},
+            "on every host that fits a job has port 80/tcp",
+            id="its port is taken everywhere",
+        ),
+        param(Needs({}, ports=PORT, alone=True), {"a": 1}, {}, "b", id="nor beside another one of its own type"),
+    ],
+)
+def test_memory_and_ports(needs: Needs, load: dict[HostID, int], reserved: dict[HostID, int], chosen: str) -> None:
+    found = spread([SMALL, LARGE], load, needs, 1, reserved=reserved)
+    assert (found[0].id if found else needs.refusal([SMALL, LARGE])) == chosen
+
+
+def test_jobs_that_take_a_port_get_a_host_each_and_those_left_over_none() -> None:
+    needs = Needs({}, ports=PORT, alone=True)
+    assert spread([A, B], {}, needs, 3) == [A, B]
+    assert spread([A, B], {HostID("a"): 1, HostID("b"): 1}, needs, 1) == []
 
 
 def test_rotation_shows_every_host_once() -> None:
@@ -61,7 +98,7 @@ class Balance(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 7))
     def place(self, data: st.DataObject, count: int) -> None:
         order = data.draw(st.permutations([Host(h) for h in self.load]))
-        chosen = spread(order, self.load, {}, count)
+        chosen = spread(order, self.load, Needs({}), count)
         assert len(chosen) == count
         for host in chosen:
             self.load[host.id] += 1
@@ -95,6 +132,7 @@ def placed(volumes: list[Volume], hosts: list[Host]) -> Chosen | Refused:
         hosts,
         {},
         volumes,
+        needs=Needs({}),
         new_volume_id=lambda: VolumeID(f"new{next(ids)}"),
     )
 
@@ -125,6 +163,14 @@ def test_volumes(volumes: list[Volume], hosts: list[Host], result: str) -> None:
 def test_a_volume_on_a_host_that_lost_its_tags_blocks_the_job() -> None:
     formation = replace(DATABASE, tags={"db": {"disk": "ssd"}})
     verdict = place(
-        formation, "db", JobID("j"), [A, B], [A, B], {}, [volume("v", "a")], new_volume_id=lambda: VolumeID("n")
+        formation,
+        "db",
+        JobID("j"),
+        [A, B],
+        [A, B],
+        {},
+        [volume("v", "a")],
+        needs=Needs({"disk": "ssd"}),
+        new_volume_id=lambda: VolumeID("n"),
     )
     assert verdict == Refused(NO_MATCH)

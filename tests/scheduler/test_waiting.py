@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 from pytest import param
 
-from flynn.scheduler.events import FormationReceived, HostSeen, PersistJob, ServiceListed
-from flynn.scheduler.model import HostID, JobState
+from flynn.scheduler.events import FormationReceived, HostDescribed, HostSeen, PersistJob, ServiceListed
+from flynn.scheduler.model import Formation, HostID, JobState
 from flynn.types.app import SYSTEM_CRITICAL, App
 from flynn.types.host import JobStatus
+from flynn.types.release import Port, ProcessType, Release
+from flynn.types.resources import Limit
 from tests.scheduler.test_simulation import Simulation, calm
 
 
@@ -188,3 +190,37 @@ def test_why_a_host_does_not_take_a_job_is_told() -> None:
     simulation.run(5)
     (job,) = simulation.engines[0].world.jobs.values()
     assert (job.state, job.reason) == (JobState.RUNNING, "")
+
+
+def on_port(app: str, number: int, wanted: int) -> Formation:
+    process = ProcessType(host_network=True, ports=[Port(port=number, proto="tcp")])
+    return Formation(App(id=app, name=app), Release(id=f"r-{app}", processes={"web": process}), wanted={"web": wanted})
+
+
+def test_two_apps_that_want_the_same_port_of_the_host_wait_for_each_other() -> None:
+    simulation = ready(2)
+    simulation.tell(FormationReceived(on_port("one", 8000, 2)))
+    simulation.run(1)
+    assert [len(host.active()) for host in simulation.hosts.values()] == [1, 1]
+    simulation.tell(FormationReceived(on_port("other", 8000, 1)))
+    simulation.tell(FormationReceived(on_port("third", 9000, 1)))
+    simulation.run(1)
+    assert sum(len(host.active()) for host in simulation.hosts.values()) == 3
+    (blocked,) = [job for job in simulation.engines[0].world.jobs.values() if job.state is JobState.BLOCKED]
+    assert (blocked.app, blocked.reason) == ("other", "on every host that fits a job has port 8000/tcp")
+    simulation.tell(FormationReceived(replace(on_port("one", 8000, 1), updated_at=simulation.now)))
+    simulation.run(2)
+    apps = sorted(job.app for host in simulation.hosts.values() for job in host.active())
+    assert apps == ["one", "other", "third"]
+
+
+def test_many_small_apps_fill_the_hosts_evenly() -> None:
+    simulation = ready(3)
+    for host in simulation.hosts:
+        simulation.step(0, HostDescribed(host, 64 * 2**30))
+    release = Release(id="rel", processes={"web": ProcessType(resources={"memory": Limit(request=2**30)})})
+    for n in range(60):
+        simulation.tell(FormationReceived(Formation(App(id=f"a{n}"), release, wanted={"web": 1})))
+        simulation.run(0.2)
+    assert [len(host.active()) for host in simulation.hosts.values()] == [20, 20, 20]
+    assert set(simulation.engines[0].world.reserved.values()) == {20 * 2**30}
