@@ -26,13 +26,16 @@ class Subscription(Generic[T]):
         self._end: Exception | None = None
         self._ended = asyncio.Event()
 
-    def _offer(self, item: T) -> None:
+    def _offer(self, item: T) -> bool:
+        """Tell whether the reader still takes part."""
         if self._end is not None:
-            return
+            return False
         try:
             self._queue.put_nowait(item)
         except asyncio.QueueFull:
             self._finish(Overflowed(f"the reader is {self._queue.maxsize} items behind"))
+            return False
+        return True
 
     def _finish(self, reason: Exception) -> None:
         self._end = self._end or reason
@@ -83,7 +86,8 @@ class Broadcast(Generic[T]):
 
     def send(self, item: T) -> None:
         for subscription in tuple(self._subscriptions):
-            subscription._offer(item)
+            if not subscription._offer(item):
+                self._subscriptions.discard(subscription)  # also one that nobody has begun to read
 
     def close(self, reason: Exception | None = None) -> None:
         """End every subscription, after what is queued, by raising `reason`."""

@@ -315,7 +315,7 @@ class Actions:
         )  # fmt: skip
         jobs[slot] = {"id": job.id, "volumes": {volume.target: volume.volume for volume in volumes}}
         self._record.save()
-        async with host.client.subscribed(job.id) as events:
+        async with host.client.following(job.id) as events:
             await host.client.add_job(job)
             try:
                 async with asyncio.timeout(self._limits.job.total_seconds()):

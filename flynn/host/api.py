@@ -6,12 +6,13 @@ import re
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from flynn.aio.broadcast import Broadcast, Closed, Overflowed
 from flynn.host.attaching import Attachments
 from flynn.host.jobs.book import JobBook
+from flynn.host.jobs.events import JobEvents
 from flynn.host.jobs.fence import Fence
 from flynn.host.joining import Authority, Joining, JoinRequest, TokenCreated, TokenRequest, Welcome
 from flynn.host.logs.sinks import Sinks
@@ -19,6 +20,7 @@ from flynn.host.node import Node
 from flynn.host.releases import Releases
 from flynn.host.runner import JobRunner
 from flynn.host.volumes.book import VolumeBook
+from flynn.http import sse
 from flynn.http.server import Api, EventStream, Raw, Request, Streaming
 from flynn.identity.access import ANYONE, access
 from flynn.types.codec import Wire, always, decode, replace
@@ -134,7 +136,7 @@ class HostApi:
 
     async def _jobs(self, request: Request) -> dict[str, ActiveJob] | EventStream:
         if request.accepts_events:
-            return await _stream(self._book.events)
+            return await _job_events(request, self._book.events)
         jobs = self._book.jobs
         if request.query("active") == "true":
             return {job_id: job for job_id, job in jobs.items() if not job.status.down}
@@ -143,7 +145,7 @@ class HostApi:
     async def _job(self, request: Request) -> ActiveJob | EventStream:
         job_id = request.path("id")
         if request.accepts_events:
-            return await _stream(self._book.events, of_job=job_id)
+            return await _job_events(request, self._book.events, of_job=job_id)
         return self._book.find(job_id)
 
     async def _add_job(self, request: Request) -> dict[str, Any]:
@@ -296,20 +298,52 @@ async def _resumed(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIter
             yield chunk
 
 
-async def _stream(events: Broadcast[Any], of_job: str | None = None) -> EventStream:
+async def _stream(events: Broadcast[Any]) -> EventStream:
     """Subscribe now, so that nothing is missed between the answer's headers and its first item."""
     stack = AsyncExitStack()
     subscription = await stack.enter_async_context(events.subscribe(EVENTS_BEHIND))
 
     async def items() -> AsyncIterator[Any]:
-        async with stack:
-            try:
-                async for event in subscription:
-                    if of_job is None or event.job_id == of_job:
-                        yield event
-            except Overflowed as error:
-                raise ServiceUnavailable(f"the event stream fell behind: {error}") from error
-            except Closed:
-                return  # the daemon is leaving: streams end before the listener waits for them
+        async with stack, _until_closed():
+            async for event in subscription:
+                yield event
 
     return EventStream(items())
+
+
+async def _job_events(request: Request, events: JobEvents, of_job: str | None = None) -> EventStream:
+    """Events of all jobs or of one, as they come.
+
+    Clients of the original get what the original sent. Who asks with `numbered=true` gets the number of each event in
+    an `id:` line, and who comes back with `Last-Event-ID` what he has missed. (The original's client always sends 0,
+    which means nothing.) The answer's own `Last-Event-ID` says where the stream begins.
+    """
+    asked = request.header("Last-Event-ID").strip()
+    seen = int(asked) if re.fullmatch(r"[0-9]{1,18}", asked) else 0
+    numbered = bool(seen) or request.query("numbered") == "true"
+    missed = events.after(seen) if seen else []
+    begin = seen or events.last
+    stack = AsyncExitStack()
+    subscription = await stack.enter_async_context(events.subscribe(EVENTS_BEHIND))
+
+    async def items() -> AsyncIterator[Any]:
+        async with stack, _until_closed():
+            for past in missed:
+                if of_job is None or past.event.job_id == of_job:
+                    yield sse.message(past.event, past.number)
+            async for new in subscription:
+                if of_job is None or new.event.job_id == of_job:
+                    yield sse.message(new.event, new.number if numbered else None)
+
+    return EventStream(items(), headers={"Last-Event-ID": str(begin)})
+
+
+@asynccontextmanager
+async def _until_closed() -> AsyncIterator[None]:
+    """End a stream in order when the daemon leaves, and with an error when its reader is too slow."""
+    try:
+        yield
+    except Overflowed as error:
+        raise ServiceUnavailable(f"the event stream fell behind: {error}") from error
+    except Closed:
+        return  # streams end before the listener waits for them

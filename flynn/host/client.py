@@ -7,12 +7,15 @@ is the caller's business and is settled in the `HttpClient` handed in. spec/host
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
+from flynn.aio.backoff import Backoff, retrying
 from flynn.host import attach
-from flynn.http.client import HttpClient
+from flynn.http.client import HttpClient, Position
 from flynn.http.connection import RawConnection
+from flynn.types.errors import Unreachable
 from flynn.types.host import (
     ActiveJob,
     AttachFlag,
@@ -33,6 +36,8 @@ from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeEvent, Volume
 DEFAULT_PROVIDER = "default"
 STOP_SECONDS = 60.0  # a job gets 30 s between SIGTERM and SIGKILL, and its cleaning up takes a moment
 DEREGISTER_SECONDS = 15.0
+RESUME_SECONDS = 20.0
+RESUME = Backoff(first=timedelta(milliseconds=100), limit=timedelta(seconds=2))
 UPDATE_SECONDS = 45.0  # a new program has 30 s to prove itself
 
 
@@ -137,13 +142,40 @@ class HostClient:
     def events(self, job_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Follow the events of all jobs, or of one (which need not exist yet), in order, over one connection.
 
-        There is no replay; see `subscribed` for who must not miss one.
+        There is no replay; see `following` for who must not miss one.
         """
         return self._http.events(_jobs_path(job_id), JobEvent)
 
     def subscribed(self, job_id: str | None = None) -> AbstractAsyncContextManager[AsyncIterator[JobEvent]]:
         """Like `events`, but the subscription stands when the block is entered: subscribe, then list or add jobs."""
         return self._http.subscribed(_jobs_path(job_id), JobEvent)
+
+    @asynccontextmanager
+    async def following(self, job_id: str | None = None) -> AsyncIterator[AsyncIterator[JobEvent]]:
+        """Like `subscribed`, and a connection that breaks is made again without losing or doubling an event.
+
+        Raises:
+            Unreachable: the host has not answered for `RESUME_SECONDS`.
+            PreconditionFailed: what happened is not known any more (the daemon is another one): list the jobs.
+        """
+        position, path = Position(), _jobs_path(job_id)
+        first = self._http.subscribed(path, JobEvent, params={"numbered": "true"}, position=position)
+        async with AsyncExitStack() as stack:
+            stream = await stack.enter_async_context(first)
+
+            async def events() -> AsyncIterator[JobEvent]:
+                current = stream
+                while True:
+                    with suppress(Unreachable):
+                        async for event in current:
+                            yield event
+                    await stack.aclose()
+                    current = await retrying(
+                        lambda: stack.enter_async_context(self._http.subscribed(path, JobEvent, position=position)),
+                        on=Unreachable, policy=RESUME, within=timedelta(seconds=RESUME_SECONDS),
+                    )  # fmt: skip
+
+            yield events()
 
     @asynccontextmanager
     async def attach(self, request: AttachReq) -> AsyncIterator[Attachment]:

@@ -60,6 +60,13 @@ class Pinned:
         return base64.b64decode(self.pin)
 
 
+@dataclass(slots=True)
+class Position:
+    """How far a stream of numbered events has been read: the id of the last one."""
+
+    last_id: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """Try again while nobody answers or the server says `retry`, unless a repetition could do harm."""
@@ -236,13 +243,22 @@ class HttpClient:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         silence: float = STREAM_SILENCE_SECONDS,
+        position: Position | None = None,
     ) -> AsyncIterator[AsyncIterator[T]]:
-        """Like `events`, but the subscription stands when the block is entered: subscribe, then act."""
+        """Like `events`, but the subscription stands when the block is entered: subscribe, then act.
+
+        A `position` is where to begin, if it says anything, and is kept up to date: by the head of the answer, which
+        says where the stream begins, and by each event.
+        """
         sent = {"Accept": "text/event-stream", "Content-Type": "application/json", **(headers or {})}
+        if position is not None and position.last_id:
+            sent["Last-Event-ID"] = position.last_id
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
         payload = None if body is None else encode(body)
         async with self._request(method, path, sent, payload, params, timeout) as response:
-            yield _decoded(response, path, type)
+            if position is not None:
+                position.last_id = response.headers.get("Last-Event-ID", position.last_id)
+            yield _decoded(response, path, type, position)
 
     @asynccontextmanager
     async def download(
@@ -426,7 +442,9 @@ def _repeatable(method: str, error: ApiError) -> bool:
     return error.retry
 
 
-async def _decoded(response: aiohttp.ClientResponse, path: str, type: type[T]) -> AsyncIterator[T]:
+async def _decoded(
+    response: aiohttp.ClientResponse, path: str, type: type[T], position: Position | None = None
+) -> AsyncIterator[T]:
     """The events of a response's body; an error event is raised."""
     decoder = FrameDecoder()
     with _translated(path):
@@ -434,6 +452,8 @@ async def _decoded(response: aiohttp.ClientResponse, path: str, type: type[T]) -
             for frame in decoder.feed(chunk):
                 if frame.event == "error":
                     raise ApiError(frame.data.decode("utf-8", "replace"))
+                if position is not None and frame.id:
+                    position.last_id = frame.id  # before the event is used: it will not come again
                 yield decode(frame.data, type)
 
 

@@ -96,10 +96,12 @@ class EventStream:
     """Server-sent events: each item becomes one message. The headers go out before the first item is asked for.
 
     An `ApiError` raised by the iterator is told to the client as an error event, any other one as a generic text.
+    A client that takes nothing for `patience` seconds is disconnected; until then at most 64 items wait for it here.
     """
 
     items: AsyncIterable[Any]
     headers: Mapping[str, str] = field(default_factory=dict)
+    patience: float = 30.0
 
 
 class Request:
@@ -512,8 +514,15 @@ async def _send_events(raw: web.Request, result: EventStream, extra: Mapping[str
                 item = queue.get_nowait()
                 data += item or b""
                 ended = item is None
-            if data:
-                await response.write(data)
+            try:
+                async with asyncio.timeout(result.patience):
+                    if data:
+                        await response.write(data)
+            except TimeoutError:
+                log.info("a reader of events takes nothing, hanging up", extra={"path": raw.path})
+                if raw.transport is not None:
+                    raw.transport.abort()
+                return response
         await response.write_eof()
     finally:
         pumping.cancel()

@@ -41,7 +41,9 @@ async def test_events_come_in_the_order_of_the_changes_whoever_waits(book: JobBo
         for job in jobs:
             book.note(job.id, Ended(0))
         await asyncio.gather(*(book.cleaned(job.id) for job in jobs))
-        seen = [await anext(events) for _ in range(80)]
+        numbered = [await anext(events) for _ in range(80)]
+    seen = [one.event for one in numbered]
+    assert [one.number for one in numbered] == list(range(numbered[0].number, numbered[0].number + 80))
     for job in jobs:
         assert [e.event for e in seen if e.job_id == job.id] == [KINDS.CREATE, KINDS.START, KINDS.STOP, KINDS.CLEANUP]
     snapshot = next(event.job for event in seen if event.event is KINDS.START)
@@ -69,7 +71,7 @@ async def test_a_successor_is_known_as_soon_as_its_predecessor_has_ended(book: J
     async with book.events.subscribe() as events:
         await book.add(replace(JOB, resurrect=True))
         await book.succeed("h-1", Broken("lost"), replace(JOB, id="h-2", resurrect=True))
-        assert [(await anext(events)).event for _ in range(3)] == [KINDS.CREATE, KINDS.ERROR, KINDS.CREATE]
+        assert [(await anext(events)).event.event for _ in range(3)] == [KINDS.CREATE, KINDS.ERROR, KINDS.CREATE]
     assert {kept.job.job.id for kept in JobBook(store, SystemClock(), "h").restore()} == {"h-1", "h-2"}
 
 

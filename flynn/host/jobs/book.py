@@ -11,10 +11,10 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from flynn.aio.broadcast import Broadcast
 from flynn.aio.clock import Clock
 from flynn.host import state
 from flynn.host.jobs import admission, lifecycle, retention
+from flynn.host.jobs.events import JobEvents
 from flynn.host.state import Change, KeptJob, StateStore
 from flynn.types.errors import NotFound, ServiceUnavailable
 from flynn.types.host import ActiveJob, HostJob, JobEvent, JobEventKind
@@ -28,7 +28,7 @@ class JobBook:
         self._jobs: dict[str, ActiveJob] = {}
         self._uncleaned: set[str] = set()
         self._unwritten: set[str] = set()  # changed while the disk refused writes; written with the next change
-        self.events: Broadcast[JobEvent] = Broadcast()
+        self.events = JobEvents(clock.now())
 
     def restore(self) -> list[KeptJob]:
         """Load what the last daemon recorded; returns the jobs that need attention: not down, or not cleaned up."""
@@ -156,7 +156,7 @@ class JobBook:
         return written
 
     def _publish(self, kind: JobEventKind, record: ActiveJob) -> None:
-        self.events.send(JobEvent(event=kind, job_id=record.job.id, job=record))
+        self.events.publish(JobEvent(event=kind, job_id=record.job.id, job=record))
 
 
 async def _settled(written: asyncio.Future[None]) -> None:
