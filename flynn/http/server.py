@@ -51,13 +51,14 @@ log = logging.getLogger(__name__)
 
 
 class _Malformed(logging.Filter):
-    """Makes one plain line of what the library reports at length: bytes that are no request are no failure of ours."""
+    """Makes one plain line of what the library reports at length: half a request is no failure of ours."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
-            reason = " ".join(record.exc_info[1].message.split())[:200]
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError | ConnectionError):
+            reason = " ".join((error.message if isinstance(error, HttpProcessingError) else str(error)).split())[:200]
             record.levelno, record.levelname = logging.INFO, "INFO"
-            record.msg, record.args, record.exc_info = f"malformed request: {reason}", (), None
+            record.msg, record.args, record.exc_info = f"no whole request: {reason}", (), None
         return True
 
 
