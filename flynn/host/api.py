@@ -108,6 +108,7 @@ class HostApi:
         api.route("GET", "/storage/volumes/{id}", self._volume, allow=JOB_MAKERS)
         api.route("DELETE", "/storage/volumes/{id}", self._destroy_volume, allow=JOB_MAKERS)
         api.route("PUT", "/storage/volumes/{id}/snapshot", self._snapshot_volume, allow=OPERATORS)
+        api.route("POST", "/storage/volumes/{id}/clone", self._clone_volume, allow=OPERATORS)
         api.route("POST", "/storage/volumes/{id}/pull_snapshot", self._pull_snapshot, allow=OPERATORS)
         api.route("GET", "/storage/volumes/{id}/send", self._send_volume, allow=HOSTS)
         api.route("GET", "/sinks", self._list_sinks, allow=OPERATORS)
@@ -229,9 +230,7 @@ class HostApi:
         raise ObjectExists("this host has its one provider: default")
 
     async def _create_volume(self, request: Request) -> VolumeInfo:
-        raw = await request.raw()
-        wanted = decode(raw, VolumeRequest) if raw.strip() else VolumeRequest()
-        return await self._volumes.create(request.path("provider"), wanted)
+        return await self._volumes.create(request.path("provider"), await _volume_request(request))
 
     async def _list_volumes(self, request: Request) -> list[VolumeInfo] | EventStream:
         if request.accepts_events:
@@ -246,6 +245,9 @@ class HostApi:
 
     async def _snapshot_volume(self, request: Request) -> VolumeInfo:
         return await self._volumes.snapshot(request.path("id"))
+
+    async def _clone_volume(self, request: Request) -> VolumeInfo:
+        return await self._volumes.clone(request.path("id"), await _volume_request(request))
 
     async def _pull_snapshot(self, request: Request) -> VolumeInfo:
         source = await request.body(PullCoordinate)
@@ -274,6 +276,12 @@ class HostApi:
     async def _delete_sink(self, request: Request) -> dict[str, Any]:
         await self._sinks.delete(request.path("id"))
         return {}
+
+
+async def _volume_request(request: Request) -> VolumeRequest:
+    """The body, of any content type; none is fine."""
+    raw = await request.raw()
+    return decode(raw, VolumeRequest) if raw.strip() else VolumeRequest()
 
 
 def is_free(port: ResourceCheckPort) -> bool:

@@ -35,6 +35,7 @@ from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeEvent, Volume
 
 DEFAULT_PROVIDER = "default"
 STOP_SECONDS = 60.0  # a job gets 30 s between SIGTERM and SIGKILL, and its cleaning up takes a moment
+PULL_SECONDS = 2 * 3600.0  # a large volume over a slow line
 DEREGISTER_SECONDS = 15.0
 RESUME_SECONDS = 20.0
 RESUME = Backoff(first=timedelta(milliseconds=100), limit=timedelta(seconds=2))
@@ -269,9 +270,16 @@ class HostClient:
         """Take a read-only snapshot, itself a volume."""
         return await self._http.put(f"/storage/volumes/{volume_id}/snapshot", None, answer=VolumeInfo)
 
+    async def clone_volume(self, snapshot_id: str, request: VolumeRequest) -> VolumeInfo:
+        """Make a writable volume that begins as a snapshot. Raises `ValidationError` for an ordinary volume."""
+        return await self._http.post(f"/storage/volumes/{snapshot_id}/clone", request, answer=VolumeInfo)
+
     async def pull_snapshot(self, volume_id: str, source: PullCoordinate) -> VolumeInfo:
         """Receive a snapshot of another host into a volume of this one."""
-        return await self._http.post(f"/storage/volumes/{volume_id}/pull_snapshot", source, answer=VolumeInfo)
+        path = f"/storage/volumes/{volume_id}/pull_snapshot"
+        pulled = await self._http.call("POST", path, source, answer=VolumeInfo, timeout=PULL_SECONDS)
+        assert pulled is not None
+        return pulled
 
     # Sinks
 

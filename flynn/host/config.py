@@ -36,6 +36,7 @@ class Config:
     bridge_name: str = "flynnbr0"
     zpool_name: str = "flynn-default"
     volume_provider: str = "zfs"  # or directory
+    volume_quota: int = 0  # bytes; the limit of volumes whose creator names none; 0 = none
     cgroup_root: str = "flynn"
     partitions: Mapping[str, int] = field(default_factory=lambda: parse(DEFAULT_PARTITIONS))
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +78,7 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         bridge_name=options["bridge_name"],
         zpool_name=options["zpool_name"],
         volume_provider=options["vol_provider"],
+        volume_quota=_bytes("--volume-quota", options["volume_quota"]),
         cgroup_root=options["cgroup_root"],
         partitions=partitions,
         tags=parse_tags(options["tags"]),
@@ -85,6 +87,17 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         force=options["force"],
         flags=tuple(flags),
     )
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _bytes(flag: str, text: str) -> int:
+    """Read `0`, `500M` or `10G` (binary units). Raises `ConfigError`."""
+    number, unit = text.rstrip("KMGTkmgt"), text.lstrip("0123456789").upper()
+    if not number.isdigit() or unit not in UNITS:
+        raise ConfigError(f"{flag}: want bytes such as 500M or 10G, got {text!r}")
+    return int(number) * UNITS[unit]
 
 
 def parse_tags(text: str) -> dict[str, str]:

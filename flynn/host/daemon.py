@@ -89,7 +89,12 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
 
         book = JobBook(store, clock, config.id)
         volumes = VolumeBook(
-            store, {"default": _volume_provider(config)}, clock, lambda: volumes_in_use(book.jobs.values()), _new_id
+            store,
+            {"default": _volume_provider(config)},
+            clock,
+            lambda: volumes_in_use(book.jobs.values()),
+            _new_id,
+            default_quota=config.volume_quota,
         )
         await volumes.open()
         certificates = JobCertificates(certificate_authority, clock, config.key_file.read_bytes())
@@ -149,6 +154,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
         spawn("announce the host", node.announcement.run())
         spawn("follow hosts", node.follow_hosts())
         spawn("follow logaggregators", sinks.follow_aggregators())
+        spawn("look after volumes", volumes.tend(runner.end_bereaved))
         spawn("renew certificates", certificates.renew())
         own = keep_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock)
         spawn("renew the host's certificate", own)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from ipaddress import IPv4Address
 from typing import NoReturn
+from urllib.parse import quote
 
 from flynn.host import state
 from flynn.host.config import Config
@@ -17,10 +18,10 @@ from flynn.host.networking import NodeNetwork
 from flynn.host.services.announcement import Announcement
 from flynn.host.state import StateStore
 from flynn.host.update import Update
-from flynn.host.volumes.book import META_SNAPSHOT_OF, VolumeBook
+from flynn.host.volumes.book import VolumeBook
 from flynn.http.client import HttpClient
 from flynn.identity import Identity
-from flynn.types.errors import ApiError, NotFound, ServiceUnavailable, Unreachable, ValidationError
+from flynn.types.errors import ApiError, Conflict, NotFound, ServiceUnavailable, Unreachable, ValidationError
 from flynn.types.host import DiscoverdConfig, HostStatus, NetworkConfig
 from flynn.types.instance import EventKind, Instance
 from flynn.types.volume import PullCoordinate, VolumeInfo
@@ -29,6 +30,8 @@ from flynn.version import VERSION
 log = logging.getLogger(__name__)
 
 SERVICE = "flynn-host"
+PULL_TRIES = 3
+PULL_SILENCE_SECONDS = 20.0
 SLOT_DISCOVERD, SLOT_FLANNEL = "discoverd", "flannel"
 
 
@@ -79,6 +82,7 @@ class Node:
             flags=list(self._config.flags) or None,
             update=self._update.last,
             memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            volumes=self._volumes.status(),
         )
 
     async def restore(self, living: set[str]) -> None:
@@ -164,11 +168,14 @@ class Node:
             await asyncio.sleep(1)
 
     async def pull_snapshot(self, volume_id: str, source: PullCoordinate) -> VolumeInfo:
-        """Receive another host's snapshot into one of our volumes.
+        """Receive another host's snapshot into one of our volumes: as a difference if that fits, else whole.
+
+        A transfer that breaks off has changed nothing and is begun again, `PULL_TRIES` times in all.
 
         Raises:
             NotFound: no such host, or it has no such snapshot.
             ServiceUnavailable: discoverd is not known yet, or does not answer.
+            Unreachable: the transfer broke off each time.
         """
         for field, text in (("host_id", source.host_id), ("snapshot_id", source.snapshot_id)):
             if not text:
@@ -181,12 +188,26 @@ class Node:
         address = next((host.addr for host in hosts if host.meta.get("id") == source.host_id), None)
         if address is None:
             raise NotFound(f'no host with id "{source.host_id}"')
-        haves = [{"snap_id": info.id} for info in self._volumes.all() if info.meta.get(META_SNAPSHOT_OF) == volume_id]
-        url = f"https://{address}"
-        async with HttpClient(url, tls=self._identity, server_name=f"{SERVICE}.discoverd") as http:
+        haves = self._volumes.snapshots_of(volume_id)
+        attempt = 1
+        while True:
+            try:
+                return await self._pull(volume_id, address, source.snapshot_id, haves)
+            except Conflict:
+                if not haves:
+                    raise
+                haves = []  # what we have is not what the difference builds on
+            except Unreachable as error:
+                log.warning("transfer broke off", extra={"snapshot": source.snapshot_id, "error": str(error)})
+                if attempt == PULL_TRIES:
+                    raise
+                await asyncio.sleep(attempt)
+                attempt += 1
+
+    async def _pull(self, volume_id: str, address: str, snapshot_id: str, haves: list[str]) -> VolumeInfo:
+        async with HttpClient(f"https://{address}", tls=self._identity, server_name=f"{SERVICE}.discoverd") as http:
             headers = {"Accept": "application/vnd.zfs.snapshot-stream", "Content-Type": "application/json"}
-            async with http.download(f"/storage/volumes/{source.snapshot_id}/send", headers=headers, body=haves) as (
-                _,
-                chunks,
-            ):
-                return await self._volumes.receive(volume_id, source.snapshot_id, chunks)
+            body = [{"snap_id": have} for have in haves]
+            path = f"/storage/volumes/{quote(snapshot_id, safe='')}/send"
+            async with http.download(path, headers=headers, body=body, silence=PULL_SILENCE_SECONDS) as (_, chunks):
+                return await self._volumes.receive(volume_id, snapshot_id, chunks)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from pathlib import Path
 
 from flynn.aio.supervisor import TaskSet
 from flynn.host import steps
 from flynn.host.jobs import resurrection
 from flynn.host.runtime.runtime import NotRunning
 from flynn.host.supervision import JobRun, Machine
+from flynn.host.volumes import mounts
 from flynn.types.errors import Conflict, NotFound, RateLimited, ServiceUnavailable, ValidationError
 from flynn.types.host import ActiveJob, HostJob
 
@@ -90,6 +92,13 @@ class JobRunner:
             self._runs[job.job.id] = run
             self._tasks.start(f"job {job.job.id}", self._see_through(job.job.id, run, take_over=True))
         self._restored = {}
+
+    async def end_bereaved(self) -> None:
+        """Kill the jobs whose volumes died with zfs-fuse: they can only fail, and their successors get them mounted."""
+        outside = mounts.parse(Path("/proc/self/mountinfo").read_text())
+        for run in list(self._runs.values()):
+            if lost := run.lost_volumes(outside):
+                await run.kill(f"the file system of its volume at {', '.join(lost)} has died")
 
     def leave(self) -> None:
         """Accept no more jobs: the daemon is going. The jobs stay."""

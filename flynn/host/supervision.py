@@ -11,7 +11,7 @@ import contextlib
 import logging
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import IPv4Address
@@ -24,7 +24,7 @@ from flynn.host.certificates import JobCertificates
 from flynn.host.discovery import Discovery
 from flynn.host.jobs import environment, partitions, profiles, resurrection
 from flynn.host.jobs.book import JobBook
-from flynn.host.jobs.container import BadMount, Prepared, container_spec, scratch_bytes
+from flynn.host.jobs.container import BadMount, Prepared, container_spec, memory_bytes, scratch_bytes
 from flynn.host.jobs.environment import HostFacts
 from flynn.host.jobs.lifecycle import (
     AddressAssigned,
@@ -44,14 +44,17 @@ from flynn.host.logs.record import Source
 from flynn.host.network.addresses import AddressError
 from flynn.host.networking import NodeNetwork
 from flynn.host.runtime.layers import LayerError, LayerMounts
-from flynn.host.runtime.runtime import Container, ContainerError, NotRunning, Runtime, State
+from flynn.host.runtime.runtime import Container, ContainerError, Exit, NotRunning, Runtime, State
 from flynn.host.runtime.scratch import ScratchPool
 from flynn.host.runtime.spec import Network
 from flynn.host.services.registration import JobServices
+from flynn.host.volumes import mounts
 from flynn.host.volumes.book import VolumeBook
+from flynn.host.volumes.mounts import Mounted
 from flynn.host.volumes.provider import VolumeError
 from flynn.types.errors import ApiError
 from flynn.types.host import META_APP, META_TYPE, ActiveJob, HostJob, JobStatus
+from flynn.types.resources import MIB
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ class JobRun:
         self._stop = asyncio.Event()
         self._services: JobServices | None = None
         self._scratch: Path | None = None
+        self._reason: str | None = None  # why the host has killed the job
         self.container: Container | None = None
         self.finished = asyncio.Event()  # cleaned up
         self.heir: HostJob | None = None  # the job that takes its place, once it has ended
@@ -129,6 +133,23 @@ class JobRun:
             self._machine.book.note(self._id, StopAsked())
             steps.reach("stop-asked")
         self._stop.set()
+
+    async def kill(self, reason: str) -> None:
+        """End a job that cannot go on; it has crashed, for this reason. For a job with a container."""
+        self._reason = reason
+        if self.container is not None:
+            log.error("job killed", extra={"job": self._id, "reason": reason})
+            await self.container.kill()
+
+    def lost_volumes(self, outside: Sequence[Mounted]) -> list[str]:
+        """Return where in the container a volume was whose file system has died. `outside` are the host's mounts."""
+        if self.container is None or not self.container.pid or not self._job.job.config.volumes:
+            return []
+        try:
+            inside = mounts.parse(Path(f"/proc/{self.container.pid}/mountinfo").read_text())
+        except OSError:
+            return []  # it has ended
+        return [mount.place for mount in mounts.orphaned(inside, outside)]
 
     async def deregister(self) -> None:
         """Take the job's services out of discoverd now and for good."""
@@ -260,6 +281,7 @@ class JobRun:
             writable=writable,
             network=network,
             volumes=volumes,
+            read_only=[volume for volume in volumes if machine.volumes.read_only(volume)],
             identity=self._identity if identity else None,
             resolv_conf=machine.network.resolv_conf(cluster=job.config.env.get("DISCOVERD") != "none"),
             discoverd=machine.discovery.for_job(job.config.env),
@@ -355,7 +377,12 @@ class JobRun:
         steps.reach("ended")
         if result.error is not None:
             return Broken(result.error)
-        return Ended(result.code, result.signal)
+        return Ended(result.code, result.signal, self._reason or self._out_of_memory(result, live.job))
+
+    def _out_of_memory(self, result: Exit, job: HostJob) -> str | None:
+        if not result.oom:
+            return None
+        return f"killed for lack of memory: it wanted more than its limit of {memory_bytes(job.resources) // MIB} MiB"
 
     async def _terminate(self, container: Container, ended: asyncio.Task[Any]) -> None:
         try:
@@ -421,7 +448,7 @@ class JobRun:
             steps.reach("scratch-removed")
             for binding in job.job.config.volumes:
                 if binding.delete_on_stop and self.heir is None:  # a successor goes on with them
-                    await self._step("volume", machine.volumes.destroy(binding.volume))
+                    await self._step("volume", machine.volumes.discard(binding.volume))
             steps.reach("volumes-removed")
             machine.certificates.forget(self._id)
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)

@@ -8,6 +8,7 @@ from enum import IntEnum, StrEnum
 from flynn.types.codec import Json, Nanoseconds, Wire, always, zero_time
 from flynn.types.release import Device, Mount, Port
 from flynn.types.resources import Resources
+from flynn.types.volume import ProviderStatus
 
 # Metadata keys of a job that the platform itself reads.
 META_APP = "flynn-controller.app"
@@ -147,6 +148,7 @@ class HostStatus(Wire):
     flags: list[str] | None = always(None)
     memory: int = 0  # bytes that the machine has; 0 from a daemon that does not say
     update: HostUpdate | None = None
+    volumes: list[ProviderStatus] = []  # ours: old clients do not look
 
 
 class ResourceCheckPort(Wire):

@@ -54,6 +54,17 @@ class ProviderSpec(Wire):
     metadata: Json = None
 
 
+class ProviderStatus(Wire):
+    """How a host's storage for volumes is; part of the host's status."""
+
+    id: str = always("")
+    kind: str = always("")
+    volumes: int = always(0)
+    size_bytes: int = always(0)  # 0 = not known
+    free_bytes: int = always(0)
+    trouble: str = ""  # why it cannot be used, or not for long
+
+
 class PullCoordinate(Wire):
     host_id: str = always("")
     snapshot_id: str = always("")

@@ -1,4 +1,4 @@
-"""Run by `unshare --mount`: a machine of its own as far as zfs-fuse can see, whose zfs-fuse is killed.
+"""Run by `unshare --mount`: a machine of its own as far as zfs-fuse can see, whose zfs-fuse dies or stands still.
 
 Prints the content of a file that was synced before the death and read after it.
 """
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from flynn.host.volumes import fuse, zfs
+from flynn.host.volumes.provider import Unavailable
 from flynn.host.volumes.zfs import ZfsProvider
 
 POOL = f"fhtdeath{os.getpid()}"
@@ -36,24 +37,46 @@ def hide_the_real_one() -> None:
         subprocess.check_call(["mount", "-t", "tmpfs", "zfs", place])
 
 
-async def main(directory: Path) -> None:
+async def main(directory: Path, how: str) -> None:
     fuse.LOCK, fuse.OUTPUT = directory / "lock", directory / "output"
+    fuse.ANSWER_SECONDS, fuse.HUNG_AFTER = 2.0, 5.0
     provider = ZfsProvider(POOL, directory)
     try:
-        await provider.open()
+        await provider.open(create=True)
         place = await provider.create("v1")
         path = await provider.mount(place)
         file = os.open(path / "file", os.O_WRONLY | os.O_CREAT)
         os.write(file, b"kept")
         os.fsync(file)
-        os.kill(daemon(), signal.SIGKILL)
-        await asyncio.sleep(0.3)
-        assert fuse.is_dead(str(path))
+        if how == "killed":
+            os.kill(daemon(), signal.SIGKILL)
+            await asyncio.sleep(0.3)
+            assert fuse.is_dead(str(path))
+        else:
+            os.close(file)  # or closing it in a child would wait for the daemon
+            os.kill(daemon(), signal.SIGSTOP)
+            refused = 0
+            while True:  # as the host looks after its storage
+                try:
+                    await provider.check()
+                    break
+                except Unavailable:
+                    refused += 1
+                    assert refused < 10
+                    await provider_opened(provider)
+            assert refused, "it was killed before its time"
         print((await provider.mount(place) / "file").read_text())
     finally:
         await zfs.destroy_pool(POOL)
         os.kill(daemon(), signal.SIGTERM)
 
 
+async def provider_opened(provider: ZfsProvider) -> None:
+    try:
+        await provider.open(create=False)
+    except Unavailable:
+        pass  # it still hangs
+
+
 hide_the_real_one()
-asyncio.run(main(Path(sys.argv[1])))
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))

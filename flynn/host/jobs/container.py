@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from flynn.types.resources import MIB, Limit, Resources
 DEFAULT_MEMORY_BYTES = 1024 * MIB
 DEFAULT_SCRATCH_BYTES = 100 * MIB
 DEFAULT_PIDS = 4096  # nothing honest needs more, and a fork bomb must not take the node down
+INITS_OWN = 1  # the container's init counts, too
 SMALLEST_SHARES = 2
 
 
@@ -41,6 +42,7 @@ class Prepared:
     writable: Path
     network: Network | None
     volumes: Mapping[str, Path]  # by volume id
+    read_only: Collection[str] = ()  # ids of the volumes that nobody may write to: snapshots
     identity: Path | None
     resolv_conf: str
     discoverd: str | None
@@ -79,15 +81,24 @@ def container_spec(job: HostJob, partition: str, facts: HostFacts, extras: Extra
 
 
 def limits(resources: Resources) -> Limits:
-    """Return the limits of a container; memory is never unlimited."""
-    memory, cpu = _limit(resources, "memory"), _limit(resources, "cpu")
+    """Return the limits of a container; memory and processes are never unlimited.
+
+    `max_procs` limits the container by its cgroup. As RLIMIT_NPROC it would count all processes of the uid on the whole
+    machine: three containers of the same user would have to share one limit.
+    """
+    cpu, processes = _limit(resources, "cpu"), _limit(resources, "max_procs")
     return Limits(
-        memory_bytes=DEFAULT_MEMORY_BYTES if memory is None else memory,
+        memory_bytes=memory_bytes(resources),
         cpu_shares=None if cpu is None else max(SMALLEST_SHARES, cpu * 1024 // 1000),
-        pids=DEFAULT_PIDS,
+        pids=DEFAULT_PIDS if processes is None else processes + INITS_OWN,
         fds=_pair(resources, "max_fd"),
-        processes=_pair(resources, "max_procs"),
     )
+
+
+def memory_bytes(resources: Resources) -> int:
+    """Return the memory limit."""
+    wanted = _limit(resources, "memory")
+    return DEFAULT_MEMORY_BYTES if wanted is None else wanted
 
 
 def scratch_bytes(resources: Resources) -> int:
@@ -150,9 +161,8 @@ def _mounts(job: HostJob, made: Prepared) -> list[Mount]:
             )
         )
     for binding in job.config.volumes:
-        mounts.append(
-            Mount(target=binding.target, source=str(made.volumes[binding.volume]), writable=binding.writeable)
-        )
+        writable = binding.writeable and binding.volume not in made.read_only
+        mounts.append(Mount(target=binding.target, source=str(made.volumes[binding.volume]), writable=writable))
     if made.identity is not None:
         mounts.append(Mount(target=IDENTITY_DIRECTORY, source=str(made.identity)))
     return mounts

@@ -41,10 +41,11 @@ class Launched:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The job's process ended with `code` (128 + n when killed by signal n)."""
+    """The job's process ended with `code` (128 + n when killed by signal n); `reason` is what its user should know."""
 
     code: int
     signal: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,12 @@ def advance(job: ActiveJob, happening: Happening, now: datetime) -> tuple[Active
         case Withdrawn() if starting:
             gone = replace(job, status=JobStatus.DONE, force_stop=True, exit_status=0, ended_at=now, pid=None)
             return gone, JobEventKind.STOP
-        case Ended(code, signal) if starting or running:
+        case Ended(code, signal, reason) if starting or running:
             fine = code == 0 or (signal != 0 and job.force_stop)
             status = JobStatus.DONE if fine else JobStatus.CRASHED
-            return replace(job, status=status, exit_status=code, ended_at=now, pid=None), JobEventKind.STOP
+            error = None if fine else reason
+            ended = replace(job, status=status, exit_status=code, error=error, ended_at=now, pid=None)
+            return ended, JobEventKind.STOP
         case Broken(error) if starting or running:
             return replace(job, status=JobStatus.FAILED, error=error, ended_at=now, pid=None), JobEventKind.ERROR
         case _:
