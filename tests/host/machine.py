@@ -30,8 +30,10 @@ class TestMachine:
 
     __test__ = False
 
-    def __init__(self, directory: Path, image: Mountspec, *, number: int, provider: str = "directory") -> None:
-        self.directory, self.image, self.provider = directory, image, provider
+    def __init__(
+        self, directory: Path, image: Mountspec, *, number: int, provider: str = "directory", id: str = "node1"
+    ) -> None:
+        self.directory, self.image, self.provider, self.id = directory, image, provider, id
         self.name = f"fht{os.getpid()}x{number}"
         self.cable = f"fhv{os.getpid() % 100000}x{number}"
         # Several runs share a machine: the addresses are this process's own.
@@ -52,7 +54,7 @@ class TestMachine:
             f"ip -n {self.name} link set eth0 up",
         ):
             subprocess.check_call(command.split())
-        self.tool("init", "--id", "node1", "--external-ip", self.ip)
+        self.tool("init", "--id", self.id, "--external-ip", self.ip)
 
     def command(self, *arguments: str) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self.name}", str(BIN / "flynn-host"), *arguments]

@@ -32,6 +32,7 @@ async def status(as_json: bool) -> None:
         ("Discoverd", found.discoverd.url if found.discoverd else "not configured"),
         ("DNS", found.discoverd.dns if found.discoverd else "not configured"),
         ("Jobs", str(len(jobs))),
+        *(("Volumes", f"{store.kind}: {store.trouble or 'available'}") for store in found.volumes),
     ]
     emit(rows, found, as_json)
 
