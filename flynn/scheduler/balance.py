@@ -8,6 +8,7 @@ history without losses and returns ends without moves. It is never urgent: whate
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -64,6 +65,8 @@ def next_move(formation: Formation, jobs: Collection[Job], hosts: Mapping[HostID
         mine = [job for job in jobs if job.in_formation and job.type == type and job.state is not JobState.STOPPED]
         if len(mine) != targets[type] or any(job.state is not JobState.RUNNING for job in mine):
             continue
+        if max(Counter(job.host for job in mine).values()) < 2:
+            continue  # one on each host: no host could have two less
         tags, memory = formation.tags_of(type), formation.memory_of(type)
         move = _levelling(mine, [host for host in hosts.values() if host.fits(tags) and host.holds(memory)], now)
         if move is not None:

@@ -169,8 +169,7 @@ class Engine:
                 # The controller itself may be what has to be started: what the streams said so far must do.
                 self._awaited.clear()
             case ServiceListed(service, jobs):
-                self._readiness.service_listed(service, jobs, now)
-                for id in sorted(jobs):
+                for id in self._readiness.service_listed(service, jobs, now):
                     self._jobs.check_ready(id, now)
             case StartDone():
                 self._placing.start_done(event, now)

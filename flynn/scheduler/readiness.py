@@ -43,13 +43,15 @@ class Readiness:
             return None
         return job if self.service_of(job) and self.in_service(job, now) else None
 
-    def service_listed(self, service: str, jobs: frozenset[JobID], now: datetime) -> None:
+    def service_listed(self, service: str, jobs: frozenset[JobID], now: datetime) -> list[JobID]:
+        """Take in whom a service lists now. Returns those it did not list before."""
         before = self._listed_in.get(service, frozenset())
         self._listed_in[service] = jobs
         for id in sorted(before - jobs):
             self._since.pop(id, None)
-        for id in sorted(jobs - before):
-            self._since[id] = now
+        new = sorted(jobs - before)
+        self._since.update(dict.fromkeys(new, now))
+        return new
 
     def knows(self, job: Job) -> bool:
         """Whether the directory has said whom the job's service lists."""

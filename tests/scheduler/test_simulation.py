@@ -255,7 +255,11 @@ class Simulation:
     def serve(self, host: SimHost, id: JobID) -> None:
         if id in host.jobs and not host.jobs[id].status.down:
             self.serving.add(id)
-            self.tell(ServiceListed("shop-web", frozenset(self.serving)))
+            self.tell_service(host.jobs[id])
+
+    def tell_service(self, job: JobReport) -> None:
+        """The service of a job lists it now, or does not any more."""
+        self.tell(ServiceListed("shop-web", frozenset(self.serving)))
 
     def end_job(self, host: SimHost, id: JobID, status: JobStatus = JobStatus.DONE) -> None:
         job = host.jobs.get(id)
@@ -263,7 +267,7 @@ class Simulation:
             return
         if id in self.serving:
             self.serving.discard(id)
-            self.tell(ServiceListed("shop-web", frozenset(self.serving)))
+            self.tell_service(job)
         self.report(host, replace(job, status=status, ended_at=self.now, exit_status=0))
 
     def stop_job(self, n: int, id: JobID, host: HostID) -> None:
