@@ -36,6 +36,7 @@ ALLOWED = {
     "POST /host/resource-check": OPERATORS,
     "POST /host/tags": OPERATORS,
     "POST /host/pull/images": {"operator", "host"},
+    "POST /host/update": {"operator", "host"},
     "POST /host/drain": {"operator", "host"},
     "POST /host/tokens": {"operator", "host"},
     "GET /host/ca": set(CALLERS),
@@ -46,6 +47,7 @@ ALLOWED = {
     "GET /storage/volumes/{id}": MAKERS,
     "DELETE /storage/volumes/{id}": MAKERS,
     "PUT /storage/volumes/{id}/snapshot": OPERATORS,
+    "POST /storage/volumes/{id}/clone": OPERATORS,
     "POST /storage/volumes/{id}/pull_snapshot": OPERATORS,
     "GET /storage/volumes/{id}/send": {"operator", "host"},
     "GET /sinks": OPERATORS,
@@ -60,7 +62,7 @@ ALLOWED = {
 @pytest.fixture(scope="module")
 def endpoints() -> dict[str, Any]:
     nothing = cast(Any, None)
-    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining", "releases")
+    parts = ("node", "book", "runner", "attachments", "volumes", "sinks", "joining", "releases", "update")
     api = HostApi(**dict.fromkeys(parts, nothing)).api()
     return {f"{endpoint.method} {endpoint.path}": endpoint for endpoint in api.endpoints}
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flynn.host.runtime import devices, kernel
 from flynn.host.runtime.spec import ContainerSpec, Device
+
+log = logging.getLogger(__name__)
 
 #: The v1 controllers containers are put under. The others would cost a migration each and limit nothing.
 V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "pids", "freezer", "devices")
@@ -30,10 +34,15 @@ class CgroupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`v1` maps controller to mount point; `v2` is set only when the unified hierarchy carries the controllers."""
+    """`v1` maps controller to mount point; `v2` is set only when the unified hierarchy carries the controllers.
+
+    For v2: the controllers it has, and whether the kernel takes programs that decide about devices.
+    """
 
     v1: Mapping[str, str]
     v2: str | None
+    controllers: frozenset[str] = frozenset(V2_CONTROLLERS)
+    device_programs: bool = True
 
     @property
     def mount_points(self) -> tuple[str, ...]:
@@ -61,6 +70,26 @@ def layout_from(mountinfo: str) -> Layout:
     return Layout({}, unified)
 
 
+def find_layout() -> Layout:
+    """Look at this machine. Raises CgroupError when memory can be limited nowhere."""
+    layout = layout_from(Path("/proc/self/mountinfo").read_text())
+    if layout.v2 is None:
+        return layout
+    controllers = frozenset(Path(f"{layout.v2}/cgroup.controllers").read_text().split())
+    if "memory" not in controllers:
+        raise CgroupError(f"{layout.v2} has no memory controller, only {' '.join(sorted(controllers)) or 'none'}")
+    return replace(layout, controllers=controllers, device_programs=_takes_device_programs())
+
+
+def _takes_device_programs() -> bool:
+    try:
+        os.close(kernel.load_device_program(devices.program(())))
+    except OSError as error:
+        log.warning("jobs get no device files of their own", extra={"reason": str(error)})
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """What init does about cgroups: make `directories`, write `values` (path, text), join by writing 0 to `joins`.
@@ -78,7 +107,8 @@ class Steps:
     views: tuple[tuple[str, str], ...]
     oom_counter: str
     oom_control: str | None
-    device_rules: bool  # whether the devices allowed are among the values
+    device_rules: bool  # whether the devices allowed are among the values, or decided by the program
+    device_program: bytes = b""  # for the first directory; v2 only
 
 
 def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
@@ -88,13 +118,14 @@ def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
     optional: list[tuple[str, str]] = []
     if layout.v2:
         group = f"{layout.v2}/{below}"
-        if limits.memory_bytes is not None:
+        if limits.memory_bytes is not None and "memory" in layout.controllers:
             values.append((f"{group}/memory.max", str(limits.memory_bytes)))
             optional.append((f"{group}/memory.swap.max", "0"))
-        if limits.cpu_shares is not None:
+        if limits.cpu_shares is not None and "cpu" in layout.controllers:
             values.append((f"{group}/cpu.weight", str(weight_from_shares(limits.cpu_shares))))
-        if limits.pids is not None:
+        if limits.pids is not None and "pids" in layout.controllers:
             values.append((f"{group}/pids.max", str(limits.pids)))
+        restricted = layout.device_programs and not devices.unrestricted(spec.devices_allowed)
         return Steps(
             directories=(group,),
             values=tuple(values),
@@ -103,7 +134,8 @@ def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
             views=(("", group),),
             oom_counter=f"{group}/memory.events",
             oom_control=None,
-            device_rules=False,
+            device_rules=layout.device_programs,
+            device_program=devices.program(spec.devices_allowed) if restricted else b"",
         )
     groups = {controller: f"{mount}/{below}" for controller, mount in layout.v1.items()}
     if limits.memory_bytes is not None:
@@ -114,7 +146,7 @@ def steps_for(spec: ContainerSpec, layout: Layout, root: str) -> Steps:
         values.append((f"{groups['cpu']}/cpu.shares", str(limits.cpu_shares)))
     if limits.pids is not None and "pids" in groups:
         values.append((f"{groups['pids']}/pids.max", str(limits.pids)))
-    if "devices" in groups and not any(device.type == "a" for device in spec.devices_allowed):
+    if "devices" in groups and not devices.unrestricted(spec.devices_allowed):
         values.append((f"{groups['devices']}/devices.deny", "a"))
         allowed = [device_rule(device) for device in spec.devices_allowed if device.allow]
         values += [(f"{groups['devices']}/devices.allow", rule) for rule in allowed]
@@ -173,15 +205,25 @@ class CgroupTree:
                 _write(path, str(value))
 
     def _delegate(self, partitions: Iterable[str]) -> None:
+        """Pass the controllers on, level by level, down to where the containers' groups are made.
+
+        No process may be in a group that does so (the hierarchy's root excepted): ours are only in containers' groups.
+        """
         path = self.layout.v2 or ""
         parts = Path(self.root).parts
         levels = [path, *(f"{path}/{'/'.join(parts[: n + 1])}" for n in range(len(parts)))]
         levels += [f"{path}/{self.root}/{partition}" for partition in partitions]
         for level in levels:
             available = Path(f"{level}/cgroup.controllers").read_text().split()
-            for controller in V2_CONTROLLERS:
-                if controller in available:
-                    _write(f"{level}/cgroup.subtree_control", f"+{controller}")
+            wanted = " ".join(f"+{controller}" for controller in V2_CONTROLLERS if controller in available)
+            if not wanted:
+                continue
+            try:
+                _write(f"{level}/cgroup.subtree_control", wanted)
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    raise CgroupError(f"{level} cannot pass its controllers on: there are processes in it") from error
+                raise
 
     def containers(self) -> Iterator[tuple[str, str]]:
         """(partition, id) of every group below this node's root in any hierarchy."""
@@ -205,9 +247,9 @@ class CgroupTree:
         return found
 
     def kill(self, partition: str, container: str) -> None:
-        """SIGKILL everything in the group. Frozen meanwhile (v1), so that nothing forks away. Does not wait."""
+        """SIGKILL everything in the group. Frozen meanwhile, so that nothing forks away. Does not wait."""
         if self.layout.v2:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # Linux before 5.14 has no such file
                 return _write(f"{self.layout.v2}/{self.root}/{partition}/{container}/cgroup.kill", "1")
         self._set_freezer(partition, container, "FROZEN")
         try:
@@ -223,6 +265,10 @@ class CgroupTree:
         self._set_freezer(partition, container, "THAWED")
 
     def _set_freezer(self, partition: str, container: str, state: str) -> None:
+        if self.layout.v2:
+            with contextlib.suppress(OSError):
+                group = f"{self.layout.v2}/{self.root}/{partition}/{container}"
+                _write(f"{group}/cgroup.freeze", "1" if state == "FROZEN" else "0")
         freezer = self.layout.v1.get("freezer")
         if freezer:
             with contextlib.suppress(OSError):

@@ -131,6 +131,8 @@ class Init:
         for path, value in self.plan.cgroup_optional:
             if os.path.exists(path):
                 _write(path, value)
+        if self.plan.cgroup_devices:
+            kernel.attach_device_program(self.plan.cgroup_directories[0], self.plan.cgroup_devices)
         for path in self.plan.cgroup_joins:
             _write(path, "0")
         self.members = os.open(self.plan.cgroup_joins[0], os.O_RDONLY | os.O_CLOEXEC)

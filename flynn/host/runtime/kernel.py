@@ -53,7 +53,12 @@ SYS_OPEN_TREE = 428
 SYS_MOVE_MOUNT = 429
 SYS_MOUNT_SETATTR = 442
 SYS_OPENAT2 = 437
+SYS_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}[os.uname().machine]
+
+BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
+BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE = 15, 6
+BPF_F_ALLOW_MULTI = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _long, _int, _char_p = ctypes.c_long, ctypes.c_int, ctypes.c_char_p
@@ -174,6 +179,58 @@ def install_seccomp(program: bytes) -> None:
     code = ctypes.create_string_buffer(program, len(program))
     header = _FilterProgram(length=len(program) // 8, filter=ctypes.addressof(code))
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(header))
+
+
+class _ProgramToLoad(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_uint32), ("count", ctypes.c_uint32), ("instructions", ctypes.c_uint64),
+        ("license", ctypes.c_uint64), ("log_level", ctypes.c_uint32), ("log_size", ctypes.c_uint32),
+        ("log_buffer", ctypes.c_uint64), ("kernel_version", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16), ("interface", ctypes.c_uint32), ("attach_type", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class _ProgramToAttach(ctypes.Structure):
+    _fields_ = [
+        ("target", ctypes.c_uint32), ("program", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32), ("flags", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+def _bpf(command: int, attributes: ctypes.Structure, what: str) -> int:
+    size = _long(ctypes.sizeof(attributes))
+    return _check(int(_syscall(_long(SYS_BPF), _long(command), ctypes.byref(attributes), size)), what)
+
+
+def load_device_program(program: bytes) -> int:
+    """Return a descriptor of a program made by `devices.program`. Needs CAP_SYS_ADMIN, or BPF and NET_ADMIN."""
+    code, license = ctypes.create_string_buffer(program, len(program)), ctypes.create_string_buffer(b"GPL")
+    wanted = _ProgramToLoad(
+        kind=BPF_PROG_TYPE_CGROUP_DEVICE,
+        count=len(program) // 8,
+        instructions=ctypes.addressof(code),
+        license=ctypes.addressof(license),
+        name=b"flynn_devices",
+        attach_type=BPF_CGROUP_DEVICE,
+    )
+    return _bpf(BPF_PROG_LOAD, wanted, "load the rules for devices")
+
+
+def attach_device_program(group: str, program: bytes) -> None:
+    """Hold all processes of a cgroup (v2) to a program. It goes with the group."""
+    loaded = load_device_program(program)
+    try:
+        target = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # MULTI: the program of a group above (systemd's, say) is asked as well, and both must agree.
+            wanted = _ProgramToAttach(
+                target=target, program=loaded, attach_type=BPF_CGROUP_DEVICE, flags=BPF_F_ALLOW_MULTI
+            )
+            _bpf(BPF_PROG_ATTACH, wanted, f"attach the rules for devices to {group}")
+        finally:
+            os.close(target)
+    finally:
+        os.close(loaded)
 
 
 _CAPABILITY_NAMES = (  # in the kernel's order: the index is the number

@@ -40,6 +40,7 @@ class Plan:
     cgroup_directories: list[str]
     cgroup_values: list[tuple[str, str]]
     cgroup_optional: list[tuple[str, str]]  # as values, for files that may be missing
+    cgroup_devices: bytes  # a program for the first directory; empty for none
     cgroup_joins: list[str]
     cgroup_views: list[tuple[str, str]]
     cgroups_writable: bool

@@ -39,7 +39,7 @@ from flynn.host.network import ports
 from flynn.host.runtime import init, kernel, netlink, seccomp
 from flynn.host.runtime import plan as plans
 from flynn.host.runtime import spec as specs
-from flynn.host.runtime.cgroups import CgroupTree, Steps, Usage, layout_from, steps_for
+from flynn.host.runtime.cgroups import CgroupTree, Layout, Steps, Usage, find_layout, steps_for
 from flynn.host.runtime.spec import ContainerSpec
 
 DEFAULT_PARTITIONS: Mapping[str, int] = {"system": 4096, "background": 4096, "user": 8192}
@@ -128,7 +128,7 @@ def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
             ),
             "resolv_conf": spec.resolv_conf is not None,
             "hosts": spec.hosts,
-            # v2 has no device rules (only BPF programs): there a job neither makes device files nor uses its image's.
+            # Where nothing decides about devices a job neither makes device files nor uses its image's.
             "capabilities": kernel.capability_mask(spec.capabilities) & ~(0 if steps.device_rules else mknod),
             "nodev": not steps.device_rules,
             "devices": [
@@ -139,6 +139,7 @@ def plan_for(spec: ContainerSpec, steps: Steps, machine: str) -> plans.Plan:
             "cgroup_directories": list(steps.directories),
             "cgroup_values": list(steps.values),
             "cgroup_optional": list(steps.optional),
+            "cgroup_devices": steps.device_program,
             "cgroup_joins": list(steps.joins),
             "cgroup_views": list(steps.views),
             "cgroups_writable": spec.writeable_cgroups,
@@ -479,14 +480,20 @@ class Runtime:
     state_dir: `<state_dir>/jobs/<id>` is the usual directory of a container, but specs may name any.
     cgroup_root: path of this node's cgroup below each hierarchy's mount point; distinct per node on a shared machine.
     partitions: name -> cpu shares; created at start. A spec naming another partition is refused with StartFailed.
+    layout: which cgroup hierarchies to use; found on this machine unless given.
     """
 
     def __init__(
-        self, *, state_dir: Path, cgroup_root: str = "flynn", partitions: Mapping[str, int] = DEFAULT_PARTITIONS
+        self,
+        *,
+        state_dir: Path,
+        cgroup_root: str = "flynn",
+        partitions: Mapping[str, int] = DEFAULT_PARTITIONS,
+        layout: Layout | None = None,
     ) -> None:
         self.state_dir = state_dir
         self.partitions = dict(partitions)
-        self.cgroups = CgroupTree(layout_from(Path("/proc/self/mountinfo").read_text()), cgroup_root)
+        self.cgroups = CgroupTree(layout or find_layout(), cgroup_root)
         self._zygote: _Zygote | None = None
         self._starting = asyncio.Lock()  # guards _zygote
 

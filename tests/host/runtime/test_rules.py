@@ -72,11 +72,6 @@ class TestSteps:
             f"{group}/pids.max": "5",
         }
 
-    def test_without_device_rules_a_job_gets_no_devices_of_its_own(self) -> None:
-        plan = plan_for(spec(), steps_for(spec(), layout_from(UNIFIED), "flynn"), "x86_64")
-        assert plan.nodev
-        assert not plan.capabilities >> 27 & 1
-
     @pytest.mark.parametrize(("shares", "weight"), [(2, 1), (1024, 39), (262144, 10000), (0, 1), (1 << 30, 10000)])
     def test_weights(self, shares: int, weight: int) -> None:
         assert weight_from_shares(shares) == weight
