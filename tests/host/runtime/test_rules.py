@@ -11,7 +11,7 @@ from flynn.host.network.ports import mac_address, port_name
 from flynn.host.runtime import netlink, seccomp
 from flynn.host.runtime.cgroups import CgroupError, Layout, device_rule, layout_from, steps_for, weight_from_shares
 from flynn.host.runtime.process import CannotStart, find_command
-from flynn.host.runtime.runtime import Exit, exit_from, plan_for
+from flynn.host.runtime.runtime import Exit, exit_from
 from flynn.host.runtime.spec import ContainerSpec, Device, Limits, RootFS
 
 V1 = """\
