@@ -162,6 +162,7 @@ class Balance:
             new = self._placing.create_on(move.to, formation, move.job.type, now)
             self._moves[key] = _UnderWay(new, move.job.id, move.job.type, formation, now + MOVE_LIMIT)
             self._desk.at(now + MOVE_LIMIT, Timer.MOVE)
+            self._desk.counts["moves"] += 1
             log.info("job moves", extra={"job": move.job.cluster_id, "to": move.to.id, "as": new})
             break
         self.again(now)

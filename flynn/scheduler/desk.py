@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -49,6 +50,7 @@ class Desk:
         self.to_place: dict[JobID, None] = {}  # pending jobs whose time has come
         self.blocked: dict[JobID, None] = {}
         self.starting: set[JobID] = set()  # start requests under way
+        self.counts: dict[str, float] = defaultdict(float)  # what was done, by the names of `figures.COUNTED`
         self._actions: list[Action] = []
         self._due: list[tuple[datetime, int, Timer, str]] = []
         self._timer_count = 0

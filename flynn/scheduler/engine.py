@@ -12,7 +12,7 @@ twice, or without its data.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import assert_never
@@ -96,8 +96,14 @@ class Engine:
         """None: not known yet."""
         return self._desk.leader
 
+    @property
+    def counts(self) -> Mapping[str, float]:
+        """What was done so far, by the names of `figures.COUNTED`."""
+        return self._desk.counts
+
     def step(self, events: Iterable[Event], now: datetime) -> list[Action]:
         """Take in events, then decide. Costs what has changed, not what is known."""
+        self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)
         for event in events:
             self._handle(event, now)
         for kind, id in self._desk.due(now):
@@ -212,7 +218,6 @@ class Engine:
         self._awaited |= {FORMATIONS, RECORDS} | (set() if self._volumes_told else {VOLUMES})
         self._hosts.unlisted.update(dict.fromkeys(self.world.hosts))
         self._desk.mark_all()
-        self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)
         self._desk.ask(Resync())
         log.info("leading", extra={"hosts": len(self.world.hosts), "formations": len(self.world.formations)})
 
@@ -300,6 +305,6 @@ class Engine:
         self._formations.prune()
         self._restarts.prune()
         self._balance.prune(now)
-        self._desk.mark_all()
         if self.leader:
-            self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)
+            self._desk.mark_all()
+        self._desk.arm(now + SWEEP_EVERY, Timer.SWEEP)

@@ -66,6 +66,9 @@ class JobBook:
             self._ended(before, after, now, resurrected)
         elif after.state is JobState.RUNNING:
             self._restarts.up(after)
+            if before.state is not JobState.STOPPED:
+                self._desk.counts["ups"] += 1
+                self._desk.counts["up_seconds"] += (now - after.created_at).total_seconds()
             log.info("job up", extra={"job": after.cluster_id, "type": after.type})
 
     def _ended(self, before: Job, after: Job, now: datetime, resurrected: bool) -> None:
@@ -78,6 +81,7 @@ class JobBook:
             self._desk.unblock()  # somebody may have waited for its ports
         unasked = before.state is not JobState.STOPPING and after.in_formation and before.host
         if self._desk.leader and unasked:
+            self._desk.counts["ends"] += 1
             does_not_start = self._restarts.ended(after, before.state, now, resurrected=resurrected)
             if does_not_start:
                 self._formations.take_back(after)
@@ -180,6 +184,7 @@ class JobBook:
             return
         job = self._world.jobs.get(id)
         self._stopping.add((id, host))
+        self._desk.counts["stops"] += 1
         carried = self._readiness.board.carried(id)
         self._desk.ask(StopJob(id, host, serves=self._readiness.serves(job), carried=carried))
         log.info("stopping job", extra={"job": f"{host}-{id}", "reason": job.reason if job else ""})

@@ -92,6 +92,11 @@ class SchedulerLoop:
         spawn("bring sinks", _every(SINKS_EVERY, self._hosts.found, self._sinks.bring))
         spawn("watch routers", self._traffic.watch_routers())
 
+    @property
+    def queued(self) -> int:
+        """How many events wait to be looked at."""
+        return self._queue.qsize()
+
     async def caught_up(self) -> None:
         """Return when hosts and formations are known."""
         await self._hosts.current.wait()

@@ -22,11 +22,12 @@ from flynn.discoverd.client import Discoverd
 from flynn.discoverd.instances import instance_from_environment
 from flynn.host.client import HostClient
 from flynn.http.client import HttpClient
-from flynn.http.server import Api, Request, listen
+from flynn.http.server import Api, Raw, Request, listen
 from flynn.identity import INSIDERS, Identity
 from flynn.router.client import Router, RouterEvent, RouterEventKind
 from flynn.scheduler import wire
 from flynn.scheduler.engine import Engine
+from flynn.scheduler.figures import exposition
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
 from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
@@ -113,7 +114,14 @@ def status_api(loop: SchedulerLoop, job_id: str) -> Api:
     async def debug_state(request: Request) -> dict[str, object]:
         return wire.debug_state(loop.engine, job_id)
 
+    async def metrics(request: Request) -> Raw:
+        from prometheus_client import generate_latest  # Costs memory, and most schedulers are never scraped.
+
+        figures = exposition(loop.engine, queued=loop.queued, untold=len(loop.outbox))
+        return Raw(generate_latest() + figures.encode(), "text/plain; version=0.0.4")
+
     api = Api(COMPONENT, status=status)
+    api.route("GET", "/metrics", metrics, allow=INSIDERS)
     api.route("GET", "/debug/state", debug_state, allow=INSIDERS)
     return api
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 RETRY = Backoff(first=timedelta(milliseconds=100), limit=timedelta(seconds=3))
 CONCURRENCY = 16
+LIMIT = 20_000  # letters, while the controller is away: hours of crash loops; then no new jobs are told of
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,10 @@ class Outbox:
             log.warning("left untold", extra={"letters": len(self)})
 
     def _post(self, queue: str, letter: _Letter) -> None:
+        if queue not in self._queues and len(self._queues) >= LIMIT:
+            # What still runs when the controller is back is found missing in its books, and told then.
+            log.warning("too much to tell, left out", extra={"update": letter.what})
+            return
         self._count(letter, 1)
         if queue in self._queues:
             self._queues[queue].append(letter)

@@ -177,6 +177,7 @@ class Placing:
         event = job_state.Placed(chosen.host.id, tuple(volume.id for volume in volumes), now)
         placed = self._jobs.apply(job, event, now)
         self._desk.starting.add(job.id)
+        self._desk.counts["starts"] += 1
         self._desk.ask(StartJob(placed, formation, volumes))
 
     def start_done(self, event: StartDone, now: datetime) -> None:
@@ -191,6 +192,7 @@ class Placing:
             if job.state is JobState.PENDING and job.host == event.host:
                 self._world.put_job(replace(job, touched_at=now))
             return
+        self._desk.counts["failed_starts"] += 1
         log.warning(
             "start failed",
             extra={"job": f"{event.host}-{event.job}", "attempt": job.attempts + 1, "error": event.error},
