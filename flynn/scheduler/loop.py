@@ -76,6 +76,7 @@ class SchedulerLoop:
         self._traffic = TrafficFeed(registry, dial_router, tasks, self.tell)
         self._errands = Errands(self._hosts, self.tell)
         self._sinks = SinkKeeper(controller, self._hosts, lambda: bool(engine.leader), self._hosts.found)
+        self._resting = False
         self._resync_jobs = asyncio.Event()
         self._resync_formations = asyncio.Event()
 
@@ -102,6 +103,14 @@ class SchedulerLoop:
         await self._hosts.current.wait()
         await self._controller.current.wait()
 
+    async def rest(self, limit: timedelta) -> None:
+        """Decide nothing any more, and tell what is left to be told, for at most `limit`.
+
+        To be called while still registered: the next leader, which begins as soon as we are not, then finds true books.
+        """
+        self._resting = True
+        await self.outbox.flush(limit)
+
     # The loop
 
     async def run(self) -> None:
@@ -110,11 +119,13 @@ class SchedulerLoop:
             events = [await self._next_event()]
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
+            if self._resting:
+                continue
             for action in self.engine.step(events, self._clock.now()):
                 self._perform(action)
 
     async def _next_event(self) -> Event:
-        due = self.engine.next_due()
+        due = self.engine.next_due() if not self._resting else None
         if due is None:
             return await self._queue.get()
         try:

@@ -98,12 +98,12 @@ async def running(environ: Mapping[str, str]) -> AsyncIterator[None]:
         loop.start(spawn)
         async with listen(status_api(loop, config.job_id), "0.0.0.0", config.port, tls=identity):
             await loop.caught_up()
-            try:
-                async with registry.registered(SERVICE, own):
-                    spawn("watch leader", loop.watch_leader(own))
+            async with registry.registered(SERVICE, own):
+                spawn("watch leader", loop.watch_leader(own))
+                try:
                     yield
-            finally:
-                await loop.outbox.flush(LAST_WORDS)
+                finally:
+                    await loop.rest(LAST_WORDS)
 
 
 def status_api(loop: SchedulerLoop, job_id: str) -> Api:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from random import Random
 
@@ -137,6 +137,8 @@ class MemoryController:
 
 
 class World:
+    loop: SchedulerLoop
+
     def __init__(self) -> None:
         self.registry = MemoryRegistry()
         self.controller = MemoryController()
@@ -183,6 +185,7 @@ async def world() -> AsyncIterator[World]:
         loop = SchedulerLoop(
             engine, world.registry, world.controller, dial_host, dial_router, SystemClock(), tasks, Mandate()
         )
+        world.loop = loop
         loop.start(spawn)
         await loop.caught_up()
         async with world.registry.registered(SERVICE, own):
@@ -227,3 +230,16 @@ async def test_hosts_get_the_sinks_of_the_cluster_and_lose_those_that_were_remov
     await world.eventually(lambda: held["s0"].config == changed.config)
     world.controller.sinks.send(replace(changed, config=None))
     await world.eventually(lambda: set(held) == {"own"})
+
+
+async def test_who_leaves_decides_nothing_more_and_leaves_true_books(world: World) -> None:
+    world.controller.away = True
+    world.scale(1)
+    await world.eventually(lambda: len(world.host.running) == 1)
+    leaving = asyncio.ensure_future(world.loop.rest(timedelta(seconds=5)))
+    world.scale(3)
+    await asyncio.sleep(0)
+    world.controller.away = False
+    await leaving
+    assert world.controller.told == ["pending", "starting"]
+    assert len(world.host.running) == 1
