@@ -3,7 +3,7 @@
 Zone `discoverd.`, as in spec/discoverd section 6: `<service>`, `_<service>._<proto>`, `<id>.<service>._i`,
 `leader.<service>`. Time to live is 0 everywhere, since the truth changes with every failover. Deviations: replies are
 cut to the size the asker accepts with TC set (the original never said so), EDNS is answered, the apex exists, and
-addresses that are no IP literals are left out instead of being sent empty. Recursion is `resolver`'s business.
+addresses that are no IP literals are left out instead of being sent empty. Recursion is `recursion`'s business.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from dnslib import AAAA, EDNS0, OPCODE, QTYPE, RCODE, RR, SOA, SRV, A, DNSHeader, DNSLabel, DNSRecord
+from dnslib import AAAA, EDNS0, NS, OPCODE, QTYPE, RCODE, RR, SOA, SRV, A, DNSHeader, DNSLabel, DNSRecord
+from dnslib.label import DNSBuffer
 
 from flynn.discoverd.store import Directory
 from flynn.types.instance import Instance
 
 ZONE = "discoverd"
+NAME_SERVER = "ns"  # unless there is a service of that name
 UDP_INSTANCES = 3  # what a small datagram holds with some room; who wants all of them asks by TCP
 UDP_BYTES = 512  # without EDNS
 MAX_UDP_BYTES = 1232  # with it: what passes everywhere unfragmented
+MAX_TCP_BYTES = 65535
+_BADVERS = 16  # of the extended response codes: the upper part goes into the OPT record
 
 Shuffle = Callable[[Sequence[Instance]], list[Instance]]
 
@@ -44,8 +48,29 @@ def in_zone(query: DNSRecord) -> bool:
     return _labels(query.q.qname)[-1:] == [ZONE]
 
 
+def refusal(query: DNSRecord, *, recursive: bool) -> DNSRecord | None:
+    """What is said to a query that is not one: another operation, or an EDNS that nobody has defined yet."""
+    if query.header.opcode != OPCODE.QUERY:
+        reply = failure(query, RCODE.NOTIMP, recursive=recursive)
+        reply.header.opcode = query.header.opcode
+        return reply
+    edns = next((record for record in query.ar if record.rtype == QTYPE.OPT), None)
+    if edns is not None and edns.edns_ver != 0:
+        reply = failure(query, RCODE.NOERROR, recursive=recursive)
+        reply.ar = [EDNS0(udp_len=MAX_UDP_BYTES, ext_rcode=_BADVERS >> 4)]
+        return reply
+    return None
+
+
 def answer(
-    query: DNSRecord, state: Directory, transport: Transport, *, recursive: bool, now: int, shuffle: Shuffle
+    query: DNSRecord,
+    state: Directory,
+    transport: Transport,
+    *,
+    recursive: bool,
+    now: int,
+    shuffle: Shuffle,
+    own: str = "",
 ) -> DNSRecord:
     """The authoritative reply to a query for a name in the zone.
 
@@ -53,6 +78,7 @@ def answer(
         recursive: whether names outside are resolved too, which is all this does with it: say so.
         now: seconds since the epoch, the serial of the zone.
         shuffle: the order in which instances are given; the caller owns the chance.
+        own: the address that was asked, which is that of the zone's name server.
     """
     reply = _reply(query, recursive=recursive, authoritative=True)
     found = resolve(_labels(query.q.qname), state)
@@ -60,7 +86,11 @@ def answer(
         reply.add_answer(_soa(now))
     elif isinstance(found, Found):
         _add_records(reply, query, found, transport, shuffle)
-    elif found is None:
+    elif found == ZONE:
+        _add_apex(reply, query, now)
+    elif found == NAME_SERVER:
+        _add_own(reply, query, own)
+    else:
         reply.header.rcode = RCODE.NXDOMAIN
     if not reply.rr:
         reply.add_auth(_soa(now))
@@ -68,7 +98,7 @@ def answer(
 
 
 def resolve(labels: Sequence[str], state: Directory) -> Found | str | None:
-    """What a name in the zone stands for: instances, the zone itself (its name), or nothing.
+    """What a name in the zone stands for: instances, the zone itself, its name server, or nothing.
 
     A service without instances does not exist for the DNS, as a resolver that remembers "exists, but no address" would
     keep clients away longer than one that asks again.
@@ -77,7 +107,8 @@ def resolve(labels: Sequence[str], state: Directory) -> Found | str | None:
         case []:
             return ZONE
         case [name]:
-            return _several(name, state, lambda instance: True)
+            found = _several(name, state, lambda instance: True)
+            return NAME_SERVER if found is None and name == NAME_SERVER else found
         case [service, proto] if service.startswith("_") and proto.startswith("_"):
             return _several(service[1:], state, lambda instance: instance.proto == proto[1:])
         case [instance_id, name, "_i"]:
@@ -107,15 +138,41 @@ def malformed(datagram: bytes) -> bytes | None:
 
 def packed(reply: DNSRecord, query: DNSRecord, transport: Transport) -> bytes:
     """Bytes of at most the size the asker accepts; what does not fit goes, and the asker is told (TC)."""
-    raw = bytes(reply.pack())
-    limit = 65535 if transport is Transport.TCP else min(max(_accepted_bytes(query), UDP_BYTES), MAX_UDP_BYTES)
+    limit = MAX_TCP_BYTES if transport is Transport.TCP else min(max(_accepted_bytes(query), UDP_BYTES), MAX_UDP_BYTES)
+    raw = _wire(reply)
     if len(raw) <= limit:
         return raw
-    reply.header.tc = 1
+    # Additional records are a kindness, so they go first, and silently.
     reply.ar = [record for record in reply.ar if record.rtype == QTYPE.OPT]
-    while reply.rr and len(raw := bytes(reply.pack())) > limit:
-        reply.rr.pop()
-    return raw
+    records = list(reply.rr)
+
+    def cut_to(count: int) -> bytes:
+        reply.rr = records[:count]
+        reply.header.tc = int(count < len(records))
+        return _wire(reply)
+
+    fits, too_many = 0, len(records) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if len(cut_to(middle)) <= limit else (fits, middle)
+    return cut_to(fits)
+
+
+class _NamesInReach(dict[tuple[bytes, ...], int]):
+    """Where names begin that may be pointed at. A pointer has 14 bits; the library forgets that in long messages."""
+
+    def __setitem__(self, name: tuple[bytes, ...], offset: int) -> None:
+        if offset < 1 << 14:
+            super().__setitem__(name, offset)
+
+
+def _wire(record: DNSRecord) -> bytes:
+    record.set_header_qa()
+    buffer = DNSBuffer()
+    buffer.names = _NamesInReach()
+    for part in (record.header, *record.questions, *record.rr, *record.auth, *record.ar):
+        part.pack(buffer)
+    return bytes(buffer.data)
 
 
 def _several(name: str, state: Directory, wanted: Callable[[Instance], bool]) -> Found | None:
@@ -143,6 +200,20 @@ def _add_records(reply: DNSRecord, query: DNSRecord, found: Found, transport: Tr
         host = _ip(instance)
         if transport is Transport.TCP and qtype == QTYPE.SRV and host is not None:
             reply.add_ar(_address_record(target, host))
+
+
+def _add_apex(reply: DNSRecord, query: DNSRecord, now: int) -> None:
+    if query.q.qtype == QTYPE.ANY:
+        reply.add_answer(_soa(now))
+    if query.q.qtype in (QTYPE.NS, QTYPE.ANY):
+        reply.add_answer(RR(query.q.qname, QTYPE.NS, ttl=0, rdata=NS(f"{NAME_SERVER}.{ZONE}.")))
+
+
+def _add_own(reply: DNSRecord, query: DNSRecord, own: str) -> None:
+    address = ipaddress.ip_address(own) if own else None
+    wanted = {4: (QTYPE.A, QTYPE.ANY), 6: (QTYPE.AAAA, QTYPE.ANY)}
+    if address is not None and query.q.qtype in wanted[address.version]:
+        reply.add_answer(_address_record(query.q.qname, address))
 
 
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -174,7 +245,7 @@ def _address_record(owner: DNSLabel, address: IP) -> RR:
 
 def _soa(now: int) -> RR:
     times = (now, 3600, 600, 86400, 0)
-    return RR(f"{ZONE}.", QTYPE.SOA, ttl=0, rdata=SOA(f"ns.{ZONE}.", f"postmaster.{ZONE}.", times))
+    return RR(f"{ZONE}.", QTYPE.SOA, ttl=0, rdata=SOA(f"{NAME_SERVER}.{ZONE}.", f"postmaster.{ZONE}.", times))
 
 
 def _reply(query: DNSRecord, *, recursive: bool, authoritative: bool) -> DNSRecord:

@@ -14,14 +14,15 @@ from dnslib import RCODE, DNSRecord
 
 from flynn.aio.clock import Clock
 from flynn.aio.supervisor import TaskSet
-from flynn.discoverd import dns, recursion
+from flynn.discoverd import dns
 from flynn.discoverd.dns import Transport
-from flynn.discoverd.recursion import Upstream
+from flynn.discoverd.recursion import Resolvers, Upstream
 from flynn.discoverd.store import Directory
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 512  # recursive queries at a time; more are refused, as every one of them holds a socket
+MAX_CONNECTIONS = 256  # by TCP; more are closed at once
 TCP_FIRST_SECONDS = 2.0
 TCP_IDLE_SECONDS = 8.0
 TCP_QUERIES = 128  # on one connection
@@ -32,61 +33,80 @@ Address = tuple[str, int]
 class NameServer:
     def __init__(self, state: Callable[[], Directory], upstreams: Sequence[Upstream], clock: Clock) -> None:
         self._state = state
-        self._upstreams = upstreams
+        self._resolvers = Resolvers(upstreams, clock)
         self._clock = clock
+        self._connections = 0
 
-    def answer_at_once(self, raw: bytes, transport: Transport) -> bytes | DNSRecord | None:
-        """The reply, nothing (the datagram deserves none), or the query if it is for someone else's zone."""
+    def answer_at_once(self, raw: bytes, transport: Transport, own: str = "") -> bytes | DNSRecord | None:
+        """The reply, nothing (the datagram deserves none), or the query if somebody else has to be asked.
+
+        `own`: the address that was asked.
+        """
         try:
             query = DNSRecord.parse(raw)
         except (
             Exception
         ):  # The edge: anybody may send anything, and the parser has more ways to fail than it documents.
             return dns.malformed(raw)
-        if query.header.qr or not query.questions:
+        if query.header.qr or len(query.questions) != 1:
             return dns.malformed(raw)
+        recursive = bool(self._resolvers)
+        if (refusal := dns.refusal(query, recursive=recursive)) is not None:
+            return bytes(refusal.pack())
         if not dns.in_zone(query):
-            return query
+            return self._resolvers.known(raw) or query
         try:
             reply = dns.answer(
                 query,
                 self._state(),
                 transport,
-                recursive=bool(self._upstreams),
+                recursive=recursive,
                 now=int(self._clock.now().timestamp()),
                 shuffle=lambda instances: random.sample(instances, len(instances)),
+                own=own,
             )
             return dns.packed(reply, query, transport)
         except Exception:  # The edge: one odd query must not end the server.
             log.exception("could not answer", extra={"query": str(query.q)})
-            return bytes(dns.failure(query, RCODE.SERVFAIL, recursive=bool(self._upstreams)).pack())
+            return self.refuse(query)
 
     async def pass_on(self, query: DNSRecord, raw: bytes, transport: Transport) -> bytes:
-        answer = await recursion.ask(self._upstreams, raw, transport)
+        answer = await self._resolvers.ask(raw, transport)
         return answer if answer is not None else self.refuse(query)
 
     def refuse(self, query: DNSRecord) -> bytes:
-        return bytes(dns.failure(query, RCODE.SERVFAIL, recursive=bool(self._upstreams)).pack())
+        return bytes(dns.failure(query, RCODE.SERVFAIL, recursive=bool(self._resolvers)).pack())
+
+    def close(self) -> None:
+        self._resolvers.close()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One TCP connection, query after query."""
-        patience = TCP_FIRST_SECONDS
+        self._connections += 1
         try:
-            for _ in range(TCP_QUERIES):
-                async with asyncio.timeout(patience):
-                    raw = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
-                patience = TCP_IDLE_SECONDS
-                reply = self.answer_at_once(raw, Transport.TCP)
-                if isinstance(reply, DNSRecord):
-                    reply = await self.pass_on(reply, raw, Transport.TCP)
-                if reply is None:
-                    return
-                writer.write(len(reply).to_bytes(2, "big") + reply)
-                await writer.drain()
+            if self._connections <= MAX_CONNECTIONS:
+                await self._converse(reader, writer)
         except (OSError, EOFError, TimeoutError):
             return
         finally:
+            self._connections -= 1
             writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        own = str(writer.get_extra_info("sockname")[0])
+        patience = TCP_FIRST_SECONDS
+        for _ in range(TCP_QUERIES):
+            async with asyncio.timeout(patience):
+                raw = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+            patience = TCP_IDLE_SECONDS
+            reply = self.answer_at_once(raw, Transport.TCP, own)
+            if isinstance(reply, DNSRecord):
+                reply = await self.pass_on(reply, raw, Transport.TCP)
+            if reply is None:
+                return
+            writer.write(len(reply).to_bytes(2, "big") + reply)
+            async with asyncio.timeout(TCP_IDLE_SECONDS):  # for one who asks and does not listen
+                await writer.drain()
 
 
 class _Datagrams(asyncio.DatagramProtocol):
@@ -97,9 +117,10 @@ class _Datagrams(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
+        self._own = str(transport.get_extra_info("sockname")[0])
 
     def datagram_received(self, data: bytes, addr: Address) -> None:
-        reply = self._server.answer_at_once(data, Transport.UDP)
+        reply = self._server.answer_at_once(data, Transport.UDP, self._own)
         if isinstance(reply, bytes):
             self._transport.sendto(reply, addr)
         elif reply is not None and len(self._tasks) >= MAX_PENDING:
@@ -131,6 +152,7 @@ async def serving(address: Address, server: NameServer) -> AsyncIterator[Address
         finally:
             tcp.close()
             transport.close()
+            server.close()
 
 
 def _bound(address: Address, kind: socket.SocketKind) -> socket.socket:

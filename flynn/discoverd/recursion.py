@@ -1,20 +1,27 @@
-"""Names outside the zone: the query goes on, as it came, to the resolvers of the host."""
+"""Names outside the zone: the query goes on, but for its id, to the resolvers of the host; answers are remembered."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import logging
+import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from dnslib import RCODE
+
+from flynn.aio.clock import Clock
 from flynn.discoverd.dns import Transport
+from flynn.discoverd.dnscache import Cache, answers, key_of, rcode_of
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 2.0  # seconds for one resolver; a client's own patience is usually 5
+NEXT_AFTER = 0.3  # seconds after which the next resolver is asked beside a silent one
+GOOD = (RCODE.NOERROR, RCODE.NXDOMAIN)  # anything else says "I cannot" or "not for you"
 DNS_PORT = 53
 MAX_TCP_BYTES = 65535
 
@@ -49,20 +56,89 @@ class Upstream:
         return cls(host, int(port or DNS_PORT))
 
 
-async def ask(upstreams: Sequence[Upstream], query: bytes, transport: Transport) -> bytes | None:
-    """The first answer of the resolvers, tried in order with the transport of the asker; None if all failed.
+class Resolvers:
+    """The resolvers of the host, and what they have said.
 
-    A truncated answer is an answer: the asker comes back by TCP.
+    The first is asked first. If it is slow the next is asked as well, and the first good answer counts; one that says
+    that it cannot or will not is passed over. Who asks what is being asked already waits for the same answer.
     """
-    for upstream in upstreams:
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                answer = await (_ask_udp if transport is Transport.UDP else _ask_tcp)(upstream, query)
-        except (OSError, TimeoutError, EOFError) as error:
-            log.debug("resolver failed", extra={"resolver": upstream, "error": repr(error)})
-        else:
-            return answer
-    return None
+
+    def __init__(self, upstreams: Sequence[Upstream], clock: Clock) -> None:
+        self._upstreams = upstreams
+        self._clock = clock
+        self._cache = Cache()
+        self._asking: dict[tuple[bytes, Transport], asyncio.Future[bytes | None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._upstreams)
+
+    def known(self, query: bytes) -> bytes | None:
+        """What may be answered without asking anybody."""
+        return self._cache.get(query, self._clock.monotonic())
+
+    async def ask(self, query: bytes, transport: Transport) -> bytes | None:
+        """The answer, got with the transport of the asker; None if nobody had one in time.
+
+        A cut answer is an answer: the asker comes back by TCP.
+        """
+        key = (key_of(query), transport)
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = asyncio.ensure_future(self._ask(query, transport))
+            self._asking[key] = asking
+            asking.add_done_callback(lambda done: self._asking.pop(key, None))
+        answer = await asyncio.shield(asking)
+        return None if answer is None else query[:2] + answer[2:]
+
+    def close(self) -> None:
+        """Ask nobody any more; who waits is not answered."""
+        for asking in list(self._asking.values()):
+            asking.cancel()
+
+    async def _ask(self, query: bytes, transport: Transport) -> bytes | None:
+        # An id of our own: half of what makes an answer hard to forge, and the asker's may be guessed.
+        ours = secrets.token_bytes(2) + query[2:]
+        answer = await first_good(self._upstreams, ours, transport)
+        if answer is not None:
+            self._cache.put(ours, answer, self._clock.monotonic())
+        return answer
+
+
+async def first_good(upstreams: Sequence[Upstream], query: bytes, transport: Transport) -> bytes | None:
+    """Ask one after the other, the next as soon as one fails or keeps silent for a moment; None if all fail."""
+    call = _ask_udp if transport is Transport.UDP else _ask_tcp
+    waiting = list(upstreams)
+    asked: set[asyncio.Task[bytes | None]] = set()
+    worst: bytes | None = None
+    try:
+        while waiting or asked:
+            if waiting:
+                upstream = waiting.pop(0)
+                asked.add(asyncio.ensure_future(_answer_of(upstream, call(upstream, query))))
+            done, asked = await asyncio.wait(
+                asked, timeout=NEXT_AFTER if waiting else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                answer = task.result()
+                if answer is None:
+                    continue
+                if rcode_of(answer) in GOOD:
+                    return answer
+                worst = worst or answer  # better than nothing, should nobody know better
+        return worst
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def _answer_of(upstream: Upstream, call: Awaitable[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            return await call
+    except (OSError, TimeoutError, EOFError) as error:
+        log.debug("resolver failed", extra={"resolver": upstream, "error": repr(error)})
+        return None
 
 
 class _OneAnswer(asyncio.DatagramProtocol):
@@ -74,7 +150,7 @@ class _OneAnswer(asyncio.DatagramProtocol):
         cast(asyncio.DatagramTransport, transport).sendto(self._query)
 
     def datagram_received(self, data: bytes, addr: object) -> None:
-        if data[:2] == self._query[:2] and not self.answer.done():
+        if answers(self._query, data) and not self.answer.done():
             self.answer.set_result(data)
 
     def error_received(self, exc: Exception) -> None:
@@ -99,6 +175,9 @@ async def _ask_tcp(upstream: Upstream, query: bytes) -> bytes:
     try:
         writer.write(len(query).to_bytes(2, "big") + query)
         length = int.from_bytes(await reader.readexactly(2), "big")
-        return await reader.readexactly(length)
+        answer = await reader.readexactly(length)
+        if not answers(query, answer):
+            raise EOFError("an answer to another question")
+        return answer
     finally:
         writer.close()
