@@ -1,6 +1,6 @@
 """The agent of one machine: keeps kernel and lease in step with the network state in discoverd.
 
-Level-triggered: every change of the state, and every half minute without one, the whole wanted data path is compared
+Level-triggered: every change of the state, and every few seconds without one, the whole wanted data path is compared
 with the whole present one. A missed event, a hand in the kernel or a restart of this process leaves nothing to repair.
 """
 
@@ -16,14 +16,14 @@ from ipaddress import IPv4Interface
 
 from flynn.flannel import datapath, kernel
 from flynn.flannel.document import BackendType, Document, Lease, Overlay, leases_of
-from flynn.flannel.kernel import Device, Interface, VxlanDevice
+from flynn.flannel.kernel import Device, VxlanDevice
 from flynn.flannel.leases import NetworkState
 from flynn.flannel.subnets import RENEW_EVERY
 from flynn.types.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-RECONCILE_EVERY = 30.0
+RECONCILE_EVERY = 5.0  # how long the work of a foreign hand lasts; a look costs a few milliseconds
 LOOK_EVERY = 30.0
 LOOKS_PER_RENEWAL = round(RENEW_EVERY.total_seconds() / LOOK_EVERY)
 
@@ -76,7 +76,7 @@ class Agent:
         while True:
             try:
                 await self._reconcile()
-            except (OSError, kernel.NetlinkError) as error:
+            except (OSError, kernel.NetlinkError, kernel.NoInterface) as error:
                 log.error("cannot bring the routes up to date", extra={"error": error})
             try:
                 async with asyncio.timeout(RECONCILE_EVERY):
@@ -134,8 +134,12 @@ class LostSubnet(Exception):
     """Somebody else holds this machine's block; the process ends and starts with another one."""
 
 
-def prepare_uplink(overlay: Overlay, underlay: Interface, name: str) -> Uplink | None:
-    """The device of the backend, without an address yet: its MAC is part of the lease. Blocks."""
+def prepare_uplink(overlay: Overlay, interface: str, name: str) -> Uplink | None:
+    """The device of the backend, without an address yet: its MAC is part of the lease. Blocks.
+
+    The interface it runs over is looked up each time: it may be another one of the same name or address by now.
+    """
+    underlay = kernel.find_interface(interface)
     match overlay.backend:
         case BackendType.VXLAN:
             wanted = VxlanDevice(name=name, vni=overlay.vni, port=overlay.port, underlay=underlay)

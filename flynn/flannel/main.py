@@ -74,7 +74,7 @@ async def _set_up_network(config: Config, state: NetworkState) -> tuple[Agent, i
     except (InvalidNetwork, kernel.NoInterface) as error:
         raise ConfigError(str(error)) from error
     device = config.device or f"flannel.{overlay.vni}"
-    prepare = partial(agent.prepare_uplink, overlay, underlay, device)
+    prepare = partial(agent.prepare_uplink, overlay, config.interface, device)
     uplink = await asyncio.to_thread(prepare)
     me = Lease(
         subnet=NO_WISH,

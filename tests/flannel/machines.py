@@ -96,6 +96,47 @@ class Machine:
         ip("addr", "add", subnet, "dev", "br0", netns=self.netns)
         ip("link", "set", "br0", "up", netns=self.netns)
 
+    def move(self, address: str, ca: ClusterCA) -> None:
+        """Give the machine another address, as somebody who renumbers a network does."""
+        ip("addr", "del", f"{self.address}/24", "dev", "eth0", netns=self.netns)
+        ip("addr", "add", f"{address}/24", "dev", "eth0", netns=self.netns)
+        self.address = address
+        for service in ("discoverd", "flannel"):
+            ca.issue_job(service, "app", service, [address]).write(self.directory / service)
+
+    @asynccontextmanager
+    async def echo(self, address: str) -> AsyncIterator[None]:
+        """Send back every datagram that comes to an address of this machine."""
+        process = await self._python(ECHO, address, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        async with asyncio.timeout(10):
+            await process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+            await process.wait()
+
+    @asynccontextmanager
+    async def stream(self, source: str, to: str) -> AsyncIterator[Stream]:
+        """A datagram every 5 ms to somebody who echoes it."""
+        process = await self._python(
+            STREAM, source, to, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
+        )  # fmt: skip
+        stream = Stream(process)
+        try:
+            await stream.flowing()
+            yield stream
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def _python(self, script: str, *arguments: str, **streams: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            "ip", "netns", "exec", self.netns, sys.executable, "-S", "-E", "-u", "-c", script, *arguments, **streams  # type: ignore[arg-type]
+        )  # fmt: skip
+
     def cut(self) -> None:
         """Unplug the machine: nothing goes in or out, and nobody is told."""
         ip("link", "set", f"p{self.number}", "down", netns=self.switch)
@@ -106,9 +147,17 @@ class Machine:
     def shows(self, *arguments: str) -> list[str]:
         return [" ".join(line.split()) for line in ip(*arguments, netns=self.netns).splitlines()]
 
+    def run(self, *command: str) -> str:
+        inside = ["ip", "netns", "exec", self.netns, *command]
+        return subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+
     def fdb(self) -> list[str]:
-        command = ["ip", "netns", "exec", self.netns, "bridge", "fdb", "show", "dev", "flannel.1"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        return self.run("bridge", "fdb", "show", "dev", "flannel.1").splitlines()
+
+    def replace_interface(self) -> None:
+        """Take the interface to the others away and bring another one of the same name and address."""
+        ip("link", "del", "eth0", netns=self.netns)
+        plug(self)
 
     async def reaches(self, address: str, source: str) -> bool:
         """Whether packets go there and come back: a closed port that refuses is an answer, too."""
@@ -118,6 +167,57 @@ class Machine:
         return await process.wait() == 0
 
 
+class Stream:
+    """Datagrams under way between two machines."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def flowing(self) -> None:
+        """Returns when the first ones have come back; what got lost before does not count."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(20):
+            assert await self._process.stdout.readline() == b"flowing\n"
+
+    async def ended(self) -> tuple[int, int]:
+        """How many were sent, and how many of these did not come back."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        async with asyncio.timeout(10):
+            sent, lost = (await self._process.stdout.readline()).split()
+        return int(sent), int(lost)
+
+
+ECHO = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 7))
+print("ready")
+while True:
+    data, peer = s.recvfrom(2000)
+    s.sendto(data, peer)
+"""
+STREAM = """
+import select, socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 0)); s.connect((sys.argv[2], 7))
+s.setblocking(False)
+sent, back, flowing, end, due = 0, set(), False, None, time.monotonic()
+while end is None or time.monotonic() < end:
+    if end is None and time.monotonic() >= due:
+        sent, due = sent + 1, due + 0.005
+        try: s.send(b"%8d" % sent + b"." * 1000)
+        except OSError: pass
+    ready, _, _ = select.select([s, sys.stdin] if end is None else [s], [], [], 0.005)
+    if s in ready:
+        try:
+            while True: back.add(int(s.recv(2000)[:8]))
+        except OSError: pass
+    if not flowing and len(back) > 20:
+        flowing = True
+        sent, back = 0, set()
+        print("flowing", flush=True)
+    if sys.stdin in ready and end is None: end = time.monotonic() + 1
+print(sent, len(set(range(1, sent + 1)) - back), flush=True)
+"""
 KNOCK = """
 import socket, sys
 s = socket.socket(); s.settimeout(1); s.bind((sys.argv[2], 0))
@@ -125,6 +225,17 @@ try: s.connect((sys.argv[1], 9))
 except ConnectionRefusedError: sys.exit(0)
 except OSError: sys.exit(1)
 """
+
+
+def plug(machine: Machine) -> None:
+    """Connect a machine to the switch."""
+    port = f"p{machine.number}"
+    ip(
+        "link", "add", port, "netns", machine.switch, "type", "veth", "peer", "name", "eth0", "netns", machine.netns
+    )  # fmt: skip
+    ip("link", "set", port, "master", "sw0", "up", netns=machine.switch)
+    ip("addr", "add", f"{machine.address}/24", "dev", "eth0", netns=machine.netns)
+    ip("link", "set", "eth0", "up", netns=machine.netns)
 
 
 def switch_address() -> str:
@@ -148,24 +259,7 @@ async def machines(count: int, directory: Path, ca: ClusterCA) -> AsyncIterator[
             machine = Machine(number, directory, ca)
             ip("netns", "add", machine.netns)
             undo.callback(ip, "netns", "del", machine.netns)
-            ip(
-                "link",
-                "add",
-                f"p{number}",
-                "netns",
-                switch,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                machine.netns,
-            )
-            ip("link", "set", f"p{number}", "master", "sw0", "up", netns=switch)
-            for device, address in (("lo", "127.0.0.1/8"), ("eth0", f"{machine.address}/24")):
-                if device != "lo":
-                    ip("addr", "add", address, "dev", device, netns=machine.netns)
-                ip("link", "set", device, "up", netns=machine.netns)
+            ip("link", "set", "lo", "up", netns=machine.netns)
+            plug(machine)
             made.append(machine)
         yield made
