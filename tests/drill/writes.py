@@ -52,9 +52,11 @@ class WriteWitness:
 
     def start(self) -> None:
         """Make the table, then write. Raises Refused."""
-        self._once(
-            self._members[0], "CREATE TABLE IF NOT EXISTS drill (writer text, n bigint, PRIMARY KEY (writer, n))"
-        )
+        for statement in (
+            "DROP TABLE IF EXISTS drill",
+            "CREATE TABLE drill (writer text, n bigint, PRIMARY KEY (writer, n))",
+        ):
+            self._once(self._members[0], statement)
         for thread in self._threads:
             thread.start()
 
