@@ -233,14 +233,16 @@ class LiveDirectory:
                 except raft.NotReplicated:
                     await asyncio.sleep(0.1)
                     continue
+                if self._leadership.is_set():
+                    break  # it was lost meanwhile, and the barrier went through another leader: look again
                 self._heartbeats.lead(self._clock.monotonic())
                 log.info("leading", extra={"index": self.raft.index, "services": len(self.state.services)})
 
     async def expire(self) -> None:
         while True:
             await self._clock.sleep(expiry.CHECK_EVERY)
-            if self._heartbeats.since is None or self._ending is not None:
-                continue
+            if not self.leading or self._ending is not None:
+                continue  # heartbeats go to the leader: everybody would seem silent to anyone else
             now = self._clock.monotonic()
             if self._heartbeats.interrupted(now):
                 log.warning("stood still for a while, so nobody expires yet")

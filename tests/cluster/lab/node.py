@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flynn.host.volumes import fuse
+from flynn.host.volumes.patience import PatientThreads
 from tests.cluster.lab import network
 from tests.cluster.lab.layout import BASE, DISK_BYTES, Node
 from tests.cluster.lab.network import run
 
 BIN = Path(sys.executable).parent
+CPU_SHARES, CPU_WEIGHT = 32 * 1024, 3200  # as much as 32 processes of the machine
 
 
 def is_mounted(path: Path) -> bool:
@@ -48,7 +50,7 @@ def share_volumes(node: Node) -> None:
 def start_zfs() -> None:
     """ZFS belongs to the machine, as a kernel module would; with zfs-fuse it is one daemon for all nodes."""
     if fuse.needed():
-        asyncio.run(fuse.ensure_daemon())
+        asyncio.run(fuse.ensure_daemon(PatientThreads()))
 
 
 def lay_out(node: Node) -> None:
@@ -108,6 +110,7 @@ def daemon_command(node: Node) -> list[str]:
 def switch_on(node: Node) -> None:
     """Start the node's first process; returns at once."""
     share_volumes(node)
+    _weigh_like_a_machine(node)
     with node.console.open("ab") as console:
         # The command below runs as the first process of new namespaces; --kill-child ties its life to unshare's.
         process = subprocess.Popen(
@@ -121,6 +124,16 @@ def switch_on(node: Node) -> None:
             stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, cwd="/",
         )  # fmt: skip
     node.pidfile.write_text(str(process.pid))
+
+
+def _weigh_like_a_machine(node: Node) -> None:
+    """All jobs of a node are one group of the machine's, which would weigh as much as any single process outside."""
+    for path, weight in ((f"cpu/{node.cgroup}/cpu.shares", CPU_SHARES), (f"{node.cgroup}/cpu.weight", CPU_WEIGHT)):
+        file = Path("/sys/fs/cgroup") / path
+        if file.parent.parent.joinpath("cgroup.procs").exists():
+            file.parent.mkdir(exist_ok=True)
+            if file.exists():
+                file.write_text(str(weight))
 
 
 def outer_pid(node: Node) -> int | None:
