@@ -56,6 +56,8 @@ STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and t
 COPYING = "-copy"
 PROMOTE_SECONDS = 60
 HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
+ASK_LIMIT = timedelta(seconds=20)  # for another server to answer, a checkpoint included
+BROKEN_STARTS = 3  # a server that was short of something may start the next time
 STEP_REST = timedelta(milliseconds=500)
 STEP_POLL = timedelta(milliseconds=100)  # while the downstream catches up, and everybody waits
 STEADY_SAMPLES = 3  # in a row, of a stream that really flows
@@ -90,6 +92,10 @@ class Mode:
     replicated: bool
 
 
+class EndedDuringStart(DatabaseError):
+    """The server did not hang, it gave up: on its data, its configuration, or what the machine has left."""
+
+
 class PostgreSQL:
     """Implements `sirenia.database.Database`. The `keep_` methods belong to a supervisor."""
 
@@ -105,6 +111,7 @@ class PostgreSQL:
         self._synced: Instance | None = None  # the downstream, once it was seen to have caught up
         self._target = ""  # the log position it has to reach for that
         self._rejoins = 0  # how often this standby was rewound or copied without getting through to its upstream
+        self._failed_starts = 0  # how often in a row no server would start on the data of a standby
         self._held = False
         self._detail = ""
         self._postmaster: Postmaster | None = None
@@ -201,7 +208,8 @@ class PostgreSQL:
         while True:
             await self._became_ready.wait()
             postmaster, began = self._postmaster, loop.time()
-            assert postmaster is not None  # the event is cleared together with it
+            if postmaster is None:
+                continue  # stopped again before it was our turn
             status = await postmaster.exited()
             async with self._lock:
                 if self._postmaster is not postmaster:
@@ -363,9 +371,24 @@ class PostgreSQL:
             await self._copy(upstream)
         elif not self._directory.is_standby:
             await self._rewind_or_copy(config, upstream)
-        await self._start(mode, STANDBY_START_LIMIT)
+        try:
+            await self._start(mode, STANDBY_START_LIMIT)
+        except EndedDuringStart as error:
+            await self._replace_broken(config, upstream, error)
+            await self._start(mode, STANDBY_START_LIMIT)
+        self._failed_starts = 0
         self._became_ready.set()
         log.info("the server is ready", extra={"role": config.role, "upstream": upstream.addr})
+
+    async def _replace_broken(self, config: DatabaseConfig, upstream: Instance, error: EndedDuringStart) -> None:
+        """A standby whose data no server starts on gets a new copy, as long as there is a primary that has it all."""
+        self._failed_starts += 1
+        state = config.state
+        assert state is not None  # nobody has an upstream without a state
+        if self._failed_starts < BROKEN_STARTS or await self._asked(state.primary) is not False:
+            raise error
+        log.error("the data are taken for broken", extra={"starts": self._failed_starts, "error": error})
+        await self._copy(upstream)
 
     async def _find_the_way(self, config: DatabaseConfig) -> None:
         """A standby gets nothing from an upstream that is well: take its data back to where they went apart."""
@@ -409,22 +432,28 @@ class PostgreSQL:
         finally:
             self._detail = ""
 
-    async def _asked(self, other: Instance) -> bool | None:
-        """Whether another server is a standby; None if it does not answer.
+    async def _asked(self, other: Instance | None) -> bool | None:
+        """Whether another server is a standby; None if it does not answer within a moment.
 
         A primary writes a checkpoint: only then its present timeline is in the place where pg_rewind looks for it.
         """
+        assert other is not None  # a state without a primary is not parsed
         try:
-            async with await AsyncConnection.connect(
-                self._source(other, COPYING), password=self._config.password, autocommit=True
-            ) as connection:
+            # The lock is held: a server that hangs over there must not keep this one from taking over. A checkpoint that
+            # takes longer goes on without us, so that the next try finds it done.
+            async with (
+                asyncio.timeout(ASK_LIMIT.total_seconds()),
+                await AsyncConnection.connect(
+                    self._source(other, COPYING), password=self._config.password, autocommit=True
+                ) as connection,
+            ):
                 row = await (await connection.execute("SELECT pg_is_in_recovery()")).fetchone()
                 assert row is not None
                 if not row[0]:
                     await connection.execute("CHECKPOINT")
                 return bool(row[0])
-        except (psycopg.Error, OSError) as error:
-            log.info("another server does not answer", extra={"server": other.addr, "error": error})
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            log.info("another server does not answer", extra={"server": other.addr, "error": error or "too slow"})
             return None
 
     def _source(self, upstream: Instance, suffix: str = "") -> str:
@@ -642,7 +671,7 @@ class PostgreSQL:
                         return
                     except (psycopg.Error, OSError) as error:
                         if not postmaster.running:
-                            raise DatabaseError("the server ended during its start, its log tells why") from error
+                            raise EndedDuringStart("the server ended during its start, its log tells why") from error
                     await asyncio.sleep(START_POLL.total_seconds())
         except TimeoutError as error:
             await postmaster.stop()

@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -195,13 +196,19 @@ async def until(condition: Callable[[], Any], within: float = 60, every: float =
 
 
 @asynccontextmanager
-async def cluster(size: int = 3, keep: bool = False, **environ: str) -> AsyncIterator[Cluster]:
+async def cluster(
+    size: int = 3, keep: bool = False, volume_megabytes: int = 0, **environ: str
+) -> AsyncIterator[Cluster]:
+    """A directory and so many peers, started but not yet whole; with `volume_megabytes` on volumes that can be full."""
     root = Path(tempfile.mkdtemp(prefix="flynn-pgc-", dir="/tmp"))
     root.chmod(0o755)
     ca = ClusterCA.create()
     place = Place(ca, root / "discoverd")
     nodes = [Node(root, number + 1, ca, place.http_address) for number in range(size)]
+    volumes = [node.directory / "data" for node in nodes] if volume_megabytes else []
     try:
+        for volume in volumes:
+            _run("mount", "-t", "tmpfs", "-o", f"size={volume_megabytes}m", "tmpfs", str(volume))
         async with member(place), place.client() as registry:
             try:
                 for node in nodes:
@@ -213,10 +220,16 @@ async def cluster(size: int = 3, keep: bool = False, **environ: str) -> AsyncIte
                     await node.end()
                 await asyncio.sleep(0.3)  # the servers end by themselves
     finally:
+        for volume in volumes:
+            _run("umount", "--lazy", str(volume))
         if not keep:
             shutil.rmtree(root, ignore_errors=True)
         else:
             print("kept", root)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=False)
 
 
 @dataclass
