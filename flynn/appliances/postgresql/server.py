@@ -439,8 +439,8 @@ class PostgreSQL:
         """
         assert other is not None  # a state without a primary is not parsed
         try:
-            # The lock is held: a server that hangs over there must not keep this one from taking over. A checkpoint that
-            # takes longer goes on without us, so that the next try finds it done.
+            # The lock is held: a server that hangs over there must not keep this one from taking over. A checkpoint
+            # that takes longer goes on without us, so that the next try finds it done.
             async with (
                 asyncio.timeout(ASK_LIMIT.total_seconds()),
                 await AsyncConnection.connect(
