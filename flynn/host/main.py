@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
     "collect-debug-info": "flynn.host.cli.debug:collect_debug_info",
+    "database": "flynn.host.cli.database:database",
     "download": "flynn.host.cli.download:download",
     "demote": "flynn.host.cli.membership:demote",
     "drain": "flynn.host.cli.drain:drain",
