@@ -22,7 +22,7 @@ from flynn.host.runner import JobRunner
 from flynn.host.volumes.book import VolumeBook
 from flynn.http import sse
 from flynn.http.server import Api, EventStream, Raw, Request, Streaming
-from flynn.identity.access import ANYONE, access
+from flynn.identity.access import ANYONE, INSIDERS, access
 from flynn.types.codec import Wire, always, decode, replace
 from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
 from flynn.types.host import (
@@ -38,6 +38,7 @@ from flynn.types.host import (
     ResourceCheckPort,
 )
 from flynn.types.sink import Sink, SinkInfo
+from flynn.types.status import Status
 from flynn.types.volume import ProviderSpec, PullCoordinate, VolumeInfo, VolumeRequest
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ class HostApi:
 
     def api(self) -> Api:
         """Return the table of endpoints."""
-        api = Api("flynn-host")
+        api = Api("flynn-host", status=self._health)
+        api.route("GET", "/metrics", self._metrics, allow=INSIDERS)
         api.route("GET", "/host/jobs", self._fenced(self._jobs), allow=JOB_MAKERS)
         api.route("GET", "/host/jobs/{id}", self._job, allow=JOB_MAKERS)
         api.route("PUT", "/host/jobs/{id}", self._fenced(self._add_job), allow=JOB_MAKERS)
@@ -176,6 +178,14 @@ class HostApi:
         return None
 
     # The host
+
+    async def _health(self) -> Status:
+        return self._node.health()
+
+    async def _metrics(self, request: Request) -> Raw:
+        from prometheus_client import generate_latest  # Costs memory, and most hosts are never scraped.
+
+        return Raw(generate_latest() + self._node.metrics().encode(), "text/plain; version=0.0.4")
 
     async def _status(self, request: Request) -> HostStatus:
         return self._node.status()

@@ -36,6 +36,7 @@ class Config:
     bridge_name: str = "flynnbr0"
     zpool_name: str = "flynn-default"
     volume_provider: str = "zfs"  # or directory
+    disk_reserve: int | None = None  # bytes of the state's disk that jobs may not have; None = 5 %, at most 2 GiB
     volume_quota: int = 0  # bytes; the limit of volumes whose creator names none; 0 = none
     cgroup_root: str = "flynn"
     partitions: Mapping[str, int] = field(default_factory=lambda: parse(DEFAULT_PARTITIONS))
@@ -78,6 +79,7 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         bridge_name=options["bridge_name"],
         zpool_name=options["zpool_name"],
         volume_provider=options["vol_provider"],
+        disk_reserve=_bytes("--disk-reserve", options["disk_reserve"]) if options["disk_reserve"] else None,
         volume_quota=_bytes("--volume-quota", options["volume_quota"]),
         cgroup_root=options["cgroup_root"],
         partitions=partitions,

@@ -24,6 +24,7 @@ from flynn.host.attaching import Attachments
 from flynn.host.certificates import JobCertificates
 from flynn.host.config import Config
 from flynn.host.discovery import Discovery
+from flynn.host.disk import StateDisk, drop_ballast_if_full
 from flynn.host.enrolment import authority, ensure_certificate, keep_certificate
 from flynn.host.jobs.admission import volumes_in_use
 from flynn.host.jobs.book import JobBook
@@ -51,7 +52,7 @@ from flynn.http.client import HttpClient
 from flynn.http.server import listen
 from flynn.identity import Identity
 from flynn.types.errors import NotFound
-from flynn.types.host import HostJob
+from flynn.types.host import META_APP, HostJob
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
     certificate_authority = authority(config.identity_dir)
     ensure_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock.now())
     identity = Identity.load(config.identity_dir)
+    if drop_ballast_if_full(config.state_dir):
+        log.error("the disk is full, the ballast was given up", extra={"path": str(config.state_dir)})
     try:
         store = StateStore(config.state_dir / "host.db")
     except StateInUse as error:
@@ -108,6 +111,16 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             released=releases,
             mounted=mounts.mounted,
         )
+        disk = StateDisk(
+            config.state_dir,
+            config.disk_reserve,
+            layers,
+            logs,
+            in_use=lambda: {
+                spec.id for job in book.jobs.values() if not job.status.down for spec in job.job.mountspecs
+            },
+            apps=lambda: {job.job.metadata.get(META_APP, "") for job in book.jobs.values()},
+        )
         machine = Machine(
             facts=HostFacts(host_id=config.id, external_ip=str(config.external_ip), listen_ip=config.listen_ip),
             partitions=config.partitions,
@@ -116,6 +129,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             layers=layers,
             mounts=mounts,
             scratch=scratch,
+            disk=disk,
             volumes=volumes,
             network=network,
             discovery=discovery,
@@ -128,7 +142,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             new_job_id=lambda: f"{config.id}-{_new_id()}",
         )
         runner = JobRunner(machine, tasks)
-        node = Node(config, store, network, discovery, volumes, identity, BOOT_ID.read_text().strip(), update)
+        node = Node(config, store, network, discovery, volumes, identity, BOOT_ID.read_text().strip(), update, disk)
         sinks = Sinks(
             host_id=config.id,
             store=store,
@@ -154,6 +168,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
         spawn("announce the host", node.announcement.run())
         spawn("follow hosts", node.follow_hosts())
         spawn("follow logaggregators", sinks.follow_aggregators())
+        spawn("look after the disk", disk.watch(store))
         spawn("look after volumes", volumes.tend(runner.end_bereaved))
         spawn("renew certificates", certificates.renew())
         own = keep_certificate(certificate_authority, config.identity_dir, config.id, str(config.external_ip), clock)

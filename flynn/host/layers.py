@@ -112,6 +112,15 @@ class LayerStore:
                     file.unlink(missing_ok=True)
                     log.info("layer deleted, nobody has used it lately", extra={"layer": file.stem})
 
+    def unused(self, in_use: Collection[str]) -> list[Path]:
+        """Return the files of layers that neither these jobs have nor anyone has mounted, the longest unused first."""
+        files = [
+            file
+            for file in self._directory.glob("*.squashfs")
+            if file.stem not in in_use and not self._mounted(file.stem) and not self._turns[file.stem].locked()
+        ]
+        return sorted(files, key=lambda file: file.stat().st_mtime)
+
     def _note_use(self, layer_id: str, target: Path) -> None:
         """Keep `collect` away from a layer. Not at each use: it changes the file's version."""
         version, claim = self._verified[layer_id]

@@ -96,6 +96,7 @@ def version(release: bool) -> None:
 @click.option("--bridge-name", default="flynnbr0", show_default=True)
 @click.option("--zpool-name", default="flynn-default", show_default=True)
 @click.option("--vol-provider", type=click.Choice(["zfs", "directory"]), default="zfs", show_default=True)
+@click.option("--disk-reserve", default="", help="What jobs may not have of the state's disk, as 2G. [5 %, at most 2G]")
 @click.option("--volume-quota", default="0", help="Size limit of volumes whose creator names none, as 10G. 0 is none.")
 @click.option("--cgroup-root", default="flynn", show_default=True, help="Below each hierarchy's mount point.")
 @click.option("--partitions", default=DEFAULT_PARTITIONS, show_default=True)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from flynn.host import state
 from flynn.host.config import Config
 from flynn.host.discovery import Discovery
+from flynn.host.disk import StateDisk
 from flynn.host.networking import NodeNetwork
 from flynn.host.services.announcement import Announcement
 from flynn.host.state import StateStore
@@ -24,6 +25,7 @@ from flynn.identity import Identity
 from flynn.types.errors import ApiError, Conflict, NotFound, ServiceUnavailable, Unreachable, ValidationError
 from flynn.types.host import DiscoverdConfig, HostStatus, NetworkConfig
 from flynn.types.instance import EventKind, Instance
+from flynn.types.status import Health, Status
 from flynn.types.volume import PullCoordinate, VolumeInfo
 from flynn.version import VERSION
 
@@ -48,10 +50,11 @@ class Node:
         identity: Identity,
         boot_id: str,
         update: Update,
+        disk: StateDisk,
     ) -> None:
         self._config, self._store, self._network, self._discovery = config, store, network, discovery
         self._volumes, self._identity, self._boot_id = volumes, identity, boot_id
-        self._update = update
+        self._update, self._disk = update, disk
         self._tags = {**config.tags, **(store.setting("tags", dict[str, str]) or {})}
         self._tags = {key: value for key, value in self._tags.items() if value}
         self._draining = store.setting("draining", bool) or False
@@ -83,7 +86,37 @@ class Node:
             update=self._update.last,
             memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             volumes=self._volumes.status(),
+            disk=self._disk.status(),
         )
+
+    def health(self) -> Status:
+        """Return whether this host can do all that is asked of hosts, and what it cannot."""
+        disk, volumes = self._disk.status(), self._volumes.status()
+        troubles = {f"volumes {store.id}": store.trouble for store in volumes if store.trouble}
+        if disk.trouble:
+            troubles["disk"] = disk.trouble
+        status = Health.UNHEALTHY if troubles else Health.HEALTHY
+        return Status(status=status, detail=troubles or None, version=VERSION)
+
+    def metrics(self) -> str:
+        """Return the host's own figures, in the format of Prometheus."""
+        disk = self._disk.status()
+        figures: list[tuple[str, str, int]] = [
+            ("flynn_host_disk_size_bytes", "", disk.size_bytes),
+            ("flynn_host_disk_free_bytes", "", disk.free_bytes),
+            ("flynn_host_disk_reserve_bytes", "", disk.reserve_bytes),
+            ("flynn_host_disk_low", "", int(bool(disk.trouble))),
+        ]
+        for store in self._volumes.status():
+            label = f'{{provider="{store.id}",kind="{store.kind}"}}'
+            figures += [
+                ("flynn_host_volumes", label, store.volumes),
+                ("flynn_host_volumes_size_bytes", label, store.size_bytes),
+                ("flynn_host_volumes_free_bytes", label, store.free_bytes),
+                ("flynn_host_volumes_available", label, int(not store.trouble)),
+            ]
+        lines = [line for name, label, value in figures for line in (f"# TYPE {name} gauge", f"{name}{label} {value}")]
+        return "\n".join(lines) + "\n"
 
     async def restore(self, living: set[str]) -> None:
         """Use the last configurations again if those who gave them still run: jobs in `living`, or this same boot."""

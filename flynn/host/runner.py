@@ -39,12 +39,15 @@ class JobRunner:
         Raises:
             ValidationError, Conflict: see `admission.check`.
             RateLimited: too many jobs are starting.
+            ServiceUnavailable: the disk has no room for it.
         """
         if self._leaving:
             raise ServiceUnavailable("the host is shutting down")
         starting = sum(1 for run in self._runs.values() if run.container is None)
         if starting >= STARTING_LIMIT:
             raise RateLimited("maximum concurrent AddJob calls running, try again later")
+        self._machine.book.check(job)
+        self._machine.disk.admit(job)
         await self._machine.book.add(job)
         steps.reach("recorded")
         self._start(job.id)

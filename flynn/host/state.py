@@ -47,6 +47,11 @@ CREATE TABLE IF NOT EXISTS join_tokens (id TEXT PRIMARY KEY, record BLOB NOT NUL
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 
+PAGE_BYTES = 4096
+ROOM_PAGES = 256  # free pages of the file: some hundred records can still change on a full disk
+INDEX_BYTES = 32 << 10  # of the log: of about 4000 pages
+WAL_PAGES = 200  # the log goes into the file this often, so that it need not be longer than the room
+
 Change = tuple[str, tuple[object, ...]]
 
 
@@ -125,7 +130,11 @@ class StateStore:
         path.chmod(0o600)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
+        self._connection.execute("SELECT count(*) FROM sqlite_master").fetchall()  # there is an index from here on
+        self._index = self._allocated_index()
         self._connection.executescript(SCHEMA)
+        self._make_room()
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._write_until_closed, name="state", daemon=True)
@@ -136,6 +145,7 @@ class StateStore:
         self._requests.put(None)
         self._thread.join()
         self._connection.close()
+        os.close(self._index)  # not before: closing any descriptor of it gives up SQLite's locks on it
         os.close(self._lock)
 
     def commit(self, *changes: Change, durable: bool = False) -> asyncio.Future[None]:
@@ -196,24 +206,69 @@ class StateStore:
             if last:
                 return
 
-    def _write(self, batch: list[_Request]) -> None:
-        error: sqlite3.Error | None = None
-        execute = self._connection.execute
+    # Room on a full disk
+
+    def _make_room(self) -> None:
+        """Have free pages in the file and a write-ahead log of some length: both are used again before they grow."""
         try:
-            execute(f"PRAGMA synchronous={'FULL' if any(r.durable for r in batch) else 'NORMAL'}")
-            execute("BEGIN IMMEDIATE")
+            for change in (*_room_taken(), *_room_given_back()):
+                self._connection.execute(*change)
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.OperationalError as error:
+            log.error("no room in the state file for a full disk", extra={"error": str(error)})
+
+    def _allocated_index(self) -> int:
+        """Return a descriptor of the index of the log, all of whose blocks are there.
+
+        It is mapped into memory: a page without a block on a full disk is not an error there, but the end (SIGBUS).
+        """
+        index = os.open(f"{self._path}-shm", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(index, 0, max(os.fstat(index).st_size, INDEX_BYTES))
+        except OSError as error:
+            log.error("no room in the state file for a full disk", extra={"error": str(error)})
+        return index
+
+    async def hold_room(self) -> None:
+        """Have room again, after some was used. Raises `sqlite3.Error`."""
+        ((free,),) = self._read("PRAGMA freelist_count")
+        if free < ROOM_PAGES // 2:
+            await self.commit(*_room_taken())
+            await self.commit(*_room_given_back())
+
+    def _write(self, batch: list[_Request]) -> None:
+        try:
+            self._write_once(batch)
+        except sqlite3.OperationalError:
+            # Of a full disk, perhaps: once the log is in the file, it is written from its beginning again.
             try:
-                for request in batch:
-                    for sql, parameters in request.changes:
-                        execute(sql, parameters)
-                execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    execute("ROLLBACK")
-                raise
-        except sqlite3.Error as caught:
-            log.error("state not written", extra={"error": str(caught), "changes": len(batch)})
-            error = caught
+                self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+                self._write_once(batch)
+            except sqlite3.Error as error:
+                self._tell(batch, error)
+                return
+        except sqlite3.Error as error:
+            self._tell(batch, error)
+            return
+        self._tell(batch, None)
+
+    def _write_once(self, batch: list[_Request]) -> None:
+        execute = self._connection.execute
+        execute(f"PRAGMA synchronous={'FULL' if any(r.durable for r in batch) else 'NORMAL'}")
+        execute("BEGIN IMMEDIATE")
+        try:
+            for request in batch:
+                for sql, parameters in request.changes:
+                    execute(sql, parameters)
+            execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                execute("ROLLBACK")
+            raise
+
+    def _tell(self, batch: list[_Request], error: sqlite3.Error | None) -> None:
+        if error is not None:
+            log.error("state not written", extra={"error": str(error), "changes": len(batch)})
         try:
             self._loop.call_soon_threadsafe(_finish, batch, error)
         except RuntimeError:
@@ -231,6 +286,17 @@ def _finish(batch: list[_Request], error: sqlite3.Error | None) -> None:
 
 
 # The changes there are
+
+
+def _room_taken() -> tuple[Change, ...]:
+    return (
+        ("CREATE TABLE IF NOT EXISTS room (content BLOB)", ()),
+        ("INSERT INTO room VALUES (zeroblob(?))", (ROOM_PAGES * PAGE_BYTES,)),
+    )
+
+
+def _room_given_back() -> tuple[Change, ...]:
+    return (("DELETE FROM room", ()),)
 
 
 def save_job(job: ActiveJob, *, cleaned: bool = False) -> Change:

@@ -22,6 +22,7 @@ from flynn.aio.clock import Clock
 from flynn.host import steps
 from flynn.host.certificates import JobCertificates
 from flynn.host.discovery import Discovery
+from flynn.host.disk import StateDisk
 from flynn.host.jobs import environment, partitions, profiles, resurrection
 from flynn.host.jobs.book import JobBook
 from flynn.host.jobs.container import BadMount, Prepared, container_spec, memory_bytes, scratch_bytes
@@ -94,6 +95,7 @@ class Machine:
     layers: LayerStore
     mounts: LayerMounts
     scratch: ScratchPool
+    disk: StateDisk
     volumes: VolumeBook
     network: NodeNetwork
     discovery: Discovery

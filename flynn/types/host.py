@@ -137,6 +137,16 @@ class HostUpdate(Wire):
     error: str = ""  # why the program before serves still
 
 
+class DiskStatus(Wire):
+    """The file system that carries a host's state, layers and write layers."""
+
+    path: str = always("")
+    size_bytes: int = always(0)
+    free_bytes: int = always(0)
+    reserve_bytes: int = always(0)  # what jobs may not have
+    trouble: str = ""
+
+
 class HostStatus(Wire):
     id: str = always("")
     tags: dict[str, str] = {}
@@ -148,7 +158,8 @@ class HostStatus(Wire):
     flags: list[str] | None = always(None)
     memory: int = 0  # bytes that the machine has; 0 from a daemon that does not say
     update: HostUpdate | None = None
-    volumes: list[ProviderStatus] = []  # ours: old clients do not look
+    volumes: list[ProviderStatus] = []  # ours, as the next: old clients do not look
+    disk: DiskStatus | None = None
 
 
 class ResourceCheckPort(Wire):

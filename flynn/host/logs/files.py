@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from flynn.host.logs.record import Cursor, Decoder, Record
 
 ROTATE_BYTES = 100 << 20
 CHUNK_BYTES = 64 << 10
+FORGOTTEN = timedelta(days=30)
 NO_APP = "_"  # file of the jobs without an app
 
 
@@ -37,11 +38,17 @@ class AppLog:
         elif self._size >= self._rotate_bytes:
             self._rotate()
         assert self._descriptor is not None
-        view = memoryview(data)
-        while view:
-            written = os.write(self._descriptor, view)
-            self._size += written
-            view = view[written:]
+        view, before = memoryview(data), self._size
+        try:
+            while view:
+                written = os.write(self._descriptor, view)
+                self._size += written
+                view = view[written:]
+        except OSError:
+            if self._size > before:  # half a record would spoil the next one
+                os.ftruncate(self._descriptor, before)
+                self._size = before
+            raise
         for reader in self._readers:
             reader.changed.set()
 
@@ -178,6 +185,27 @@ class LogDirectory:
         """Return the ids of all apps with a log, on disk or open; without the jobs of no app."""
         names = {path.stem for path in self._directory.glob("*.log") if is_app_id(path.stem)}
         return sorted(names | {key for key in self._logs if key != NO_APP})
+
+    def old_files(self) -> list[Path]:
+        """Return the rotated files of all apps, the oldest first."""
+        return sorted(self._directory.glob("*-????-??-??T*.log"), key=lambda file: file.stat().st_mtime)
+
+    def collect(self, apps: Collection[str], now: float) -> list[str]:
+        """Delete the logs of apps that have no job here and have not logged for `FORGOTTEN`; return their ids."""
+        gone = []
+        for app_id in self.apps():
+            app = self.app(app_id)
+            try:
+                idle = now - app.path.stat().st_mtime > FORGOTTEN.total_seconds()
+            except FileNotFoundError:
+                continue
+            if idle and app_id not in apps and app.idle:
+                app.close()
+                for file in [*app.rotated(), app.path]:
+                    file.unlink(missing_ok=True)
+                del self._logs[app_id]
+                gone.append(app_id)
+        return gone
 
     def open_apps(self) -> set[str]:
         """Return the ids of the apps that have logged since the start of the daemon."""

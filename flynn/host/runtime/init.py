@@ -44,6 +44,7 @@ PROTOCOLS = (1, 2)  # that a daemon of this version can talk to
 SOCKET = "init.sock"
 EXIT_FILE = "exit"
 REST_PREFIX = "rest."
+EXIT_BYTES = 512
 ABANDONED_MS = 60_000  # a daemon that died between create and resume is back in seconds, or does not know of this one
 OOM_RECHECKS = 10  # v1 announces before it kills; the counter is read again each 100 ms
 FORWARDED = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "WINCH", "CONT", "ALRM", "PIPE")
@@ -89,6 +90,9 @@ class Init:
 
     def set_up(self, connection: socket.socket) -> None:
         plan = self.plan
+        fd = self._exit_file()  # with its block on the disk before the job can fill that
+        os.write(fd, b" " * EXIT_BYTES)
+        os.close(fd)
         self.listener = self._listen()
         steps.reach_in_init("init-listening", connection)
         self._join_cgroups()
@@ -353,13 +357,18 @@ class Init:
         self.state = state
         if not self.connections:
             self._save_output()
-        fd = os.open(
-            EXIT_FILE + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.directory
-        )
-        os.write(fd, state.encode())
-        os.close(fd)
-        os.rename(EXIT_FILE + ".new", EXIT_FILE, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        try:
+            fd = self._exit_file()
+            os.ftruncate(fd, os.pwrite(fd, state.encode(), 0))
+            os.close(fd)
+            os.rename(EXIT_FILE + ".new", EXIT_FILE, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        except OSError:
+            sys.excepthook(*sys.exc_info())  # a full disk: the daemon, if there is one, is told all the same
         self._tell(state)
+
+    def _exit_file(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        return os.open(EXIT_FILE + ".new", flags, 0o600, dir_fd=self.directory)
 
     def _save_output(self) -> None:
         """Keep what is still in the pipes: they die with this process."""

@@ -23,6 +23,7 @@ from flynn.host.volumes.provider import BadStream, Condition, Unavailable, Volum
 log = logging.getLogger(__name__)
 
 POOL_SHARE = 0.7  # of the file system that carries the pool's file
+FREE_SHARE = 0.9
 BUSY_TRIES = 5
 LET_GO_SECONDS = 0.3
 RECEIVE_SECONDS = 3600.0  # a large volume from a slow disk
@@ -115,7 +116,8 @@ class ZfsProvider:
 
     async def _create_pool(self) -> None:
         usage = await asyncio.to_thread(shutil.disk_usage, self._file.parent)
-        size = int(usage.total * POOL_SHARE) // (1 << 20) * (1 << 20)
+        # More than is free would promise what the disk cannot hold: a pool whose writes fail stands still.
+        size = int(min(usage.total * POOL_SHARE, usage.free * FREE_SHARE)) // (1 << 20) * (1 << 20)
         beside = self._file.with_suffix(".new")
         beside.unlink(missing_ok=True)
         with beside.open("wb") as file:
