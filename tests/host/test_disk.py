@@ -215,7 +215,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
         return True
 
     node.start(*FLAGS, str(node.state / "log"))
-    await eventually(answers)
+    await eventually(answers, seconds=60)
     with pytest.raises(ServiceUnavailable, match="it needs 1024 MiB of temporary disk"):
         await host.add_job(wanted("true", disk_mib=1024))
     with pytest.raises(ValidationError, match=r"resources\.memory cannot be"):
@@ -231,7 +231,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
         async def running(job_id: str = one.id) -> bool:
             return (await host.job(job_id)).status == JobStatus.RUNNING
 
-        await eventually(running)
+        await eventually(running, seconds=60)
 
     # What nobody needs goes first.
     unused, mapped = node.state / "layers" / "unused.squashfs", node.state / "layers" / f"{image.id}.squashfs"
@@ -243,7 +243,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
     async def collected() -> bool:
         return not unused.exists() and not (await host.status()).disk.trouble  # type: ignore[union-attr]
 
-    await eventually(collected, seconds=30)
+    await eventually(collected, seconds=60)
     assert mapped.exists()
 
     fill(node.state)
@@ -252,7 +252,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
         disk = (await host.status()).disk
         return disk is not None and "no new jobs" in disk.trouble
 
-    await eventually(told)
+    await eventually(told, seconds=60)
     identity = Identity.load(node.state / "identity")
     async with HttpClient(f"https://{node.ip}:1113", tls=identity) as http:
         with pytest.raises(Exception, match="no new jobs"):
@@ -263,7 +263,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
         await host.add_job(wanted("true"))
     await host.set_tags({"told": "on-a-full-disk"})
     await host.signal_job(waiting.id, signal.SIGUSR1)
-    assert await ended(host, waiting.id) == JobStatus.CRASHED
+    assert await ended(host, waiting.id, seconds=60) == JobStatus.CRASHED
     assert (await host.job(waiting.id)).exit_status == 7
     for number in (signal.SIGKILL, signal.SIGTERM):  # the second way the log of the state file is gone, too
         node.end(number)
@@ -272,7 +272,7 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
         async def found() -> bool:
             return (await host.job(ticking.id)).status == JobStatus.RUNNING
 
-        await eventually(found)
+        await eventually(found, seconds=60)
         assert (await host.job(waiting.id)).exit_status == 7
         assert (await host.status()).tags == {"told": "on-a-full-disk"}
 
@@ -281,10 +281,10 @@ async def test_a_host_on_a_disk_that_fills_up(node: TestMachine, host: HostClien
     async def recovered() -> bool:
         return not (await host.status()).disk.trouble  # type: ignore[union-attr]
 
-    await eventually(recovered, seconds=30)
+    await eventually(recovered, seconds=60)
     part.unlink()
     later = wanted("echo later")
     await host.add_job(later)
-    assert await ended(host, later.id) == JobStatus.DONE
+    assert await ended(host, later.id, seconds=60) == JobStatus.DONE
     await host.stop_job(ticking.id)
     await asyncio.sleep(0)
