@@ -163,6 +163,10 @@ class LiveDirectory:
     def publish(self, state: store.Directory, events: Sequence[DiscoverdEvent]) -> None:
         self.state = state
         for event in events:
+            # A registration is heard when it is there: whoever asked for it is told a moment later, and in between
+            # somebody may look for the silent.
+            if event.kind is EventKind.UP and event.instance is not None:
+                self._heartbeats.hear((event.service, event.instance.id), self._clock.monotonic())
             if (changes := self._changes.get(event.service)) is not None:
                 changes.send(event)
 
