@@ -45,7 +45,11 @@ REGISTER_AGAIN_SECONDS = 1.0
 CATCH_UP_POLL = Backoff(first=timedelta(milliseconds=20), factor=1)
 
 
+SWITCH_INTERVAL = 0.0005  # seconds; the Raft thread wants its turn while requests are being answered
+
+
 def main() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL)
     daemon.run("discoverd", lambda: running(configuration.parse(sys.argv[1:], os.environ), SystemClock()))
 
 

@@ -5,6 +5,8 @@ What differs from pysyncobj as it comes, and why:
 - Pace. By itself it sends and commits only every `appendEntriesPeriod`, so a lone writer waits 100 ms and more. Here
   the tick is repeated until neither the log nor the commit index moves, and only then does the thread wait for a
   socket, for a new command (a pipe wakes it) or for the next period. Idle it ticks a few times a second.
+- Batches. All that has come up in one tick, commands and what is committed, goes to a follower in one message; by itself
+  it sends one per command and another per commit. Small messages are not compressed, see `compression`.
 - Repetition. What a leader repeats is recognised, and nothing is committed that a message does not speak for; see
   `_Member.news_in`. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
 - Durability. The journal is ours (`journal`). It is synced before the leader counts itself, and by `_Transport` before
@@ -34,11 +36,13 @@ from typing import Any, Protocol
 
 import msgspec
 import pysyncobj.syncobj
+import pysyncobj.tcp_connection
 from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, SyncObjException, replicated
 from pysyncobj.journal import MemoryJournal
 from pysyncobj.node import TCPNode
 from pysyncobj.transport import TCPTransport
 
+from flynn.discoverd.raft import compression
 from flynn.discoverd.raft.journal import DurableJournal, write_durably
 from flynn.discoverd.raft.snapshot import Snapshot
 from flynn.types.errors import ServiceUnavailable
@@ -248,6 +252,7 @@ def _create_journal(path: str | None) -> object:
 
 # The constructor of SyncObj makes its journal itself and reads term and log from it: no other way to give it ours.
 pysyncobj.syncobj.createJournal = _create_journal
+pysyncobj.tcp_connection.zlib = compression
 
 
 class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
@@ -259,12 +264,13 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         self.observing = config.address not in members
         self._joining = config.joining
         self.keep_tail = False
+        self._sending_due = False
         self.heard = time.monotonic()
         others = [peer for peer in members if peer != config.address]
         conf = SyncObjConf(
             password=config.password,
             autoTick=False,
-            appendEntriesUseBatch=False,  # send at once, and wake the thread by a pipe
+            appendEntriesUseBatch=False,  # send in the same tick, and wake the thread by a pipe
             **_pace(alone=not others),
             leaderFallbackTimeout=LEASE,
             connectionRetryTime=0.5,
@@ -354,6 +360,17 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
     def _SyncObj__getEntries(self, first: int, count: int | None = None, size: int | None = None) -> Any:
         """The library takes back, once it has found the entry before its news, all that this shows it behind."""
         return SyncObj._SyncObj__getEntries(self, first, 1 if self.keep_tail else count, size)
+
+    def _SyncObj__sendAppendEntries(self) -> None:
+        """Put off to the end of the tick, when all is known that there is to send."""
+        self._sending_due = True
+
+    def _checkCommandsToApply(self) -> None:
+        super()._checkCommandsToApply()
+        if self._sending_due:
+            self._sending_due = False
+            if self._isLeader():
+                SyncObj._SyncObj__sendAppendEntries(self)
 
     @property
     def next_index(self) -> dict[Any, int]:
