@@ -79,8 +79,8 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         bridge_name=options["bridge_name"],
         zpool_name=options["zpool_name"],
         volume_provider=options["vol_provider"],
-        disk_reserve=_bytes("--disk-reserve", options["disk_reserve"]) if options["disk_reserve"] else None,
-        volume_quota=_bytes("--volume-quota", options["volume_quota"]),
+        disk_reserve=read_bytes("--disk-reserve", options["disk_reserve"]) if options["disk_reserve"] else None,
+        volume_quota=read_bytes("--volume-quota", options["volume_quota"]),
         cgroup_root=options["cgroup_root"],
         partitions=partitions,
         tags=parse_tags(options["tags"]),
@@ -94,7 +94,7 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def _bytes(flag: str, text: str) -> int:
+def read_bytes(flag: str, text: str) -> int:
     """Read `0`, `500M` or `10G` (binary units). Raises `ConfigError`."""
     number, unit = text.rstrip("KMGTkmgt"), text.lstrip("0123456789").upper()
     if not number.isdigit() or unit not in UNITS:

@@ -23,6 +23,7 @@ COMMANDS = {
     "bootstrap": "flynn.host.cli.setup:bootstrap",
     "collect-debug-info": "flynn.host.cli.debug:collect_debug_info",
     "database": "flynn.host.cli.database:database",
+    "destroy-volumes": "flynn.host.cli.destruction:destroy_volumes",
     "download": "flynn.host.cli.download:download",
     "demote": "flynn.host.cli.membership:demote",
     "drain": "flynn.host.cli.drain:drain",

@@ -6,6 +6,12 @@ from datetime import datetime
 
 from flynn.types.codec import Json, Wire, always, zero_time
 
+# Metadata keys of a volume that hosts read or write.
+META_QUOTA = "flynn.quota"  # bytes; what a creator may ask for
+META_SNAPSHOT_OF = "flynn.snapshot-of"
+META_CLONE_OF = "flynn.clone-of"
+META_DELETE_ON_STOP = "flynn-controller.delete_on_stop"
+
 
 class Volume(Wire):
     """A volume in the controller's books."""

@@ -202,8 +202,22 @@ async def test_every_operation_over_http(pair: Pair, hosts: Hosts, image: Mounts
     assert await run(host, job("node1", image, "test first = $(cat /v0/word)", volume)) == 0
     refused = machine.tool("volume", "delete", "nothing", check=False)
     assert refused.returncode == 1
-    for gone in (clone, frozen, volume):
-        await host.destroy_volume(gone.id)
+    assert "could not delete volume nothing: volume not found" in refused.stderr
+    made = machine.tool("volume", "create", "--size", "20M", "node1").stdout.split()
+    assert made[:2] == ["created", "volume"]
+    data = await host.create_volume(VolumeRequest(meta={"flynn-controller.app": "x"}))
+    others = [await host.create_volume(VolumeRequest()) for _ in range(2)]
+    others.append(await host.snapshot_volume(others[0].id))
+    held = job("node1", image, "sleep 1000", volume)
+    await host.add_job(held)
+    collected = machine.tool("volume", "gc")
+    assert {f"Deleted data volume {one.id}" for one in [*others, clone, frozen]} <= set(collected.stdout.splitlines())
+    left = {info.id for info in await host.volumes()}
+    assert {volume.id, data.id} <= left
+    assert not left & {made[2], *(one.id for one in others)}
+    assert f"Deleted data volume {data.id}" in machine.tool("volume", "gc", "--all").stdout
+    await host.stop_job(held.id)
+    await host.destroy_volume(volume.id)
     with pytest.raises(NotFound):
         await host.volume(volume.id)
     status = await host.status()

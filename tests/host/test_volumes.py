@@ -18,7 +18,7 @@ from flynn.aio.broadcast import Overflowed
 from flynn.aio.clock import SystemClock
 from flynn.host.state import StateInUse, StateStore
 from flynn.host.volumes import fuse, mounts, zfs
-from flynn.host.volumes.book import META_QUOTA, VolumeBook
+from flynn.host.volumes.book import VolumeBook
 from flynn.host.volumes.commands import NoAnswer, NoDaemon, failure, run
 from flynn.host.volumes.directory import DirectoryProvider
 from flynn.host.volumes.fuse import Vitals
@@ -34,7 +34,7 @@ from flynn.host.volumes.provider import (
 )
 from flynn.host.volumes.zfs import ZfsProvider
 from flynn.types.errors import Conflict, NotFound, ObjectExists, ServiceUnavailable, Unreachable, ValidationError
-from flynn.types.volume import VolumeEvent, VolumeRequest
+from flynn.types.volume import META_QUOTA, VolumeEvent, VolumeRequest
 
 POOL = f"fhtv{os.getpid()}"
 MIB = 1 << 20

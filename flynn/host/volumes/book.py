@@ -36,16 +36,21 @@ from flynn.types.errors import (
     ValidationError,
 )
 from flynn.types.resources import MIB
-from flynn.types.volume import ProviderStatus, VolumeEvent, VolumeInfo, VolumeRequest
+from flynn.types.volume import (
+    META_CLONE_OF,
+    META_QUOTA,
+    META_SNAPSHOT_OF,
+    ProviderStatus,
+    VolumeEvent,
+    VolumeInfo,
+    VolumeRequest,
+)
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # it names a directory or a data set
-META_SNAPSHOT_OF = "flynn.snapshot-of"
-META_CLONE_OF = "flynn.clone-of"
-META_QUOTA = "flynn.quota"  # bytes; what a creator may ask for
 
 START_SECONDS = 20.0  # the host does not wait longer for its storage: jobs without volumes can run
 OPEN_SECONDS = 90.0  # importing a pool after a power cut replays its log
