@@ -80,7 +80,9 @@ class Rendered:
     servers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # backend -> name -> address and options
     maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # file -> key -> value
     certificates: Mapping[str, str] = field(default_factory=dict, repr=False)  # file -> PEM
-    names: Mapping[str, str] = field(default_factory=dict)  # certificate file -> the server name it is shown for
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # certificate file -> options, and the server name it is shown for
     script: str = ""
     pages: Mapping[str, bytes] = field(default_factory=dict)  # file -> raw HTTP response
     ca: str = ""
@@ -121,6 +123,9 @@ class Rendered:
         return files
 
 
+#: Clients of these are not offered HTTP/2: HAProxy 2.6 ends a stream in good order when the backend died between two
+#: chunks of its answer. git takes half an answer for a whole one then, and waits for ever. By HTTP/1.1 it is told.
+_HTTP_1_ONLY = frozenset({"gitreceive"})
 _NO_NAME = "default.invalid"  # keeps HAProxy from showing the default pair for every name inside its certificate
 
 
@@ -220,8 +225,9 @@ def _certificates(state: RoutingState, settings: Settings) -> tuple[dict[str, st
     if settings.identity:
         certificates[IDENTITY_PEM] = settings.identity
     for name, pem in sorted(shown.items()):
-        file = f"{name.replace('*', '_')}.{Certificate(pem).fingerprint}.pem"
-        certificates[file], names[file] = pem, name
+        plain = name in roots and roots[name].pool.service in _HTTP_1_ONLY
+        file = f"{name.replace('*', '_')}.{Certificate(pem).fingerprint}{'.h1' if plain else ''}.pem"
+        certificates[file], names[file] = pem, f"[alpn http/1.1] {name}" if plain else name
     return certificates, names
 
 

@@ -7,6 +7,7 @@ has to hold *while* it lasts is said in the procedure, by `until`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -343,6 +344,7 @@ def _deploying(scene: Scene, number: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["flynn", "-a", APP, "env", "set", f"DRILL={number}"],
         env=user.env, cwd=user.home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -350,7 +352,7 @@ def _outcome(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # git has children, which hold its output
         process.communicate()
         raise NotMet(f"{' '.join(map(str, process.args))}: no end within {seconds:.0f} s") from error  # type: ignore[arg-type]
     return process.returncode, " ".join(said.split())
@@ -411,6 +413,7 @@ def _push_again(scene: Scene) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["git", "push", "flynn", "master"],
         env=scene.cluster.user.env, cwd=scene.repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 

@@ -495,6 +495,24 @@ async def test_certificates_by_server_name(router: Router, backend: Make) -> Non
     assert router.haproxy.reloads == reloads
 
 
+async def test_git_is_not_offered_http2(router: Router, backend: Make) -> None:
+    """HAProxy 2.6 ends a stream in good order when a backend dies between two chunks; git waits for the rest."""
+    cert, key = make_pair("git")
+    one = await backend("one")
+    router.routes = [http("app.test", "web", certificate=Certificate(cert=cert, key=key))]
+    await router.serve("web", one)
+    await router.serve("gitreceive", one)
+    reloads = router.haproxy.reloads
+    router.routes.append(http("git.test", "gitreceive", certificate=Certificate(cert=cert, key=key)))
+    await router.apply()  # at run time
+    for _ in range(2):
+        assert (await shown(router, "git.test", "h2", "http/1.1"))[1] == "http/1.1"
+        assert (await shown(router, "app.test", "h2", "http/1.1"))[1] == "h2"
+        router.routes.append(http("third.test", "other"))
+        await router.serve("other", one)  # a reload
+    assert router.haproxy.reloads > reloads
+
+
 async def test_old_tls_is_refused(router: Router) -> None:
     await router.apply()
     context = client_context()
