@@ -535,7 +535,7 @@ def _finished(task: asyncio.Task[Any], pending: set[asyncio.Task[Any]], raw: web
     """Take note of how a handler ended; of a refusal nobody waits for any more there is nothing to say."""
     pending.discard(task)
     error = None if task.cancelled() else task.exception()
-    if error is not None and not isinstance(error, ApiError) and raw.transport is None:
+    if error is not None and not isinstance(error, ApiError | ConnectionError) and raw.transport is None:
         log.error("request failed", extra={"method": raw.method, "path": raw.path}, exc_info=error)
 
 

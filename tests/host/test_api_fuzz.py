@@ -382,7 +382,7 @@ async def test_no_bytes_on_a_connection_do_harm(witness: Witness) -> None:
         assert b" 500 " not in answer.partition(b"\r\n")[0], answer
         assert b"Traceback" not in answer
         if answer and not answer.startswith((b"\0", b"\1", b"\2")):
-            assert answer.startswith(b"HTTP/1."), answer
+            assert answer.startswith(b"HTTP/"), answer  # a request without a version is one of 0.9
 
     attempt()
     witness.check()
