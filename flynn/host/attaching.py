@@ -90,6 +90,11 @@ class _Client:
         self._over = frame is None
         return frame
 
+    @property
+    def closed(self) -> bool:
+        """Both sides of the connection are closed, as far as can be told without writing to it."""
+        return self._connection.closing
+
     async def send(self, *frames: Frame) -> None:
         self._connection.write(b"".join(attach.encode(frame) for frame in frames))
         await self._connection.drain()
@@ -102,11 +107,24 @@ class _Attachment:
         self._find, self._live, self._logs = find, live, logs
         self._client, self._request = client, request
         self._job_id = request.job_id
+        self._awaited: LiveJob | None = None  # whose start waits for us
 
     def _asked(self, flag: AttachFlag) -> bool:
         return bool(self._request.flags & flag)
 
     async def run(self) -> None:
+        try:
+            await self._run()
+        finally:
+            self._in_place()
+
+    def _in_place(self) -> None:
+        """Nothing of the job's output can be missed any more, or is wanted any more."""
+        if self._awaited is not None:
+            self._awaited.arrived()
+            self._awaited = None
+
+    async def _run(self) -> None:
         known, live = self._find(self._job_id), self._live.get(self._job_id)
         if live is None and (known is None or known.status == JobStatus.STARTING):
             await self._client.send(attach.Waiting())
@@ -130,8 +148,9 @@ class _Attachment:
                 return waiting.result()
             raise _ClientGone
         finally:
-            waiting.cancel()
             gone.cancel()
+            if not waiting.cancel() and isinstance(outcome := waiting.result(), LiveJob):
+                self._awaited = outcome
 
     async def _attach_to_ended(self, job: ActiveJob) -> None:
         config = job.job.config
@@ -153,6 +172,10 @@ class _Attachment:
 
     async def _attach(self, live: LiveJob) -> None:
         config = live.job.config
+        if config.tty and not self._asked(AttachFlag.STREAM) and not self._asked(AttachFlag.STDIN):
+            # Who only looks for a log does not take the terminal over: there is none.
+            await self._client.send(attach.Attached(), *self._stream_ends())
+            return
         if live.raw and live.attached:
             await self._client.send(attach.Failure(attach.JOB_ATTACHED))
             return
@@ -171,6 +194,7 @@ class _Attachment:
             if live.raw
             else self._logs.app(live.job.metadata.get(META_APP, "")).reader(history=self._asked(AttachFlag.LOGS))
         )
+        self._in_place()
         try:
             await self._client.send(attach.Attached())
             async with asyncio.TaskGroup() as group:
@@ -186,6 +210,7 @@ class _Attachment:
             if reader is not None:
                 reader.close()
             else:
+                live.attached = False
                 live.drain_output()
         await self._finish(live)
 
@@ -223,8 +248,12 @@ class _Attachment:
             finally:
                 for waiting in (changed, over, gone):
                     waiting.cancel()
-            if self._client.gone.is_set() and not self._asked(AttachFlag.STDIN):
-                raise _ClientGone  # one that sends stdin may close its side and still listen
+            if self._client.gone.is_set() and self._client_left():
+                raise _ClientGone
+
+    def _client_left(self) -> bool:
+        """Tell whether one that sends nothing more does not listen either: who sends stdin may close just that side."""
+        return not self._asked(AttachFlag.STDIN) or self._client.closed
 
     async def _send_lines(self, reader: LogReader) -> None:
         """Send what the log holds of this job by now. Lines that follow each other on one stream share a frame."""
@@ -263,6 +292,8 @@ class _Attachment:
     async def _copy_raw(self, live: LiveJob) -> None:
         container = live.container
         async with asyncio.TaskGroup() as group:
+            leaving = group.create_task(self._notice_leaving(), name=f"reader of {self._job_id}")
+            copying = []
             for flag, stream, descriptor in (
                 (AttachFlag.STDOUT, Stream.STDOUT, container.stdout),
                 (AttachFlag.STDERR, Stream.STDERR, container.stderr),
@@ -270,9 +301,20 @@ class _Attachment:
                 if descriptor is None:
                     continue
                 if self._asked(flag):
-                    group.create_task(self._copy(descriptor, stream), name=f"output of {self._job_id}")
+                    copying.append(
+                        group.create_task(self._copy(descriptor, stream), name=f"output of {self._job_id}")
+                    )  # fmt: skip
                 else:
                     live.drain.add(descriptor)
+            if copying:
+                await asyncio.wait(copying)
+            leaving.cancel()
+
+    async def _notice_leaving(self) -> None:
+        """Raise when the client leaves while the job prints nothing: somebody else may attach then."""
+        await self._client.gone.wait()
+        if self._client_left():
+            raise _ClientGone
 
     async def _copy(self, descriptor: int, stream: Stream) -> None:
         with Duplicate(descriptor) as own:
@@ -285,6 +327,7 @@ class _Attachment:
         assert container.pty is not None
         if self._request.height and self._request.width:
             await container.resize(self._request.height, self._request.width)
+        self._in_place()
         try:
             await self._client.send(attach.Attached())
             async with asyncio.TaskGroup() as group:

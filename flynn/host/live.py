@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from flynn.host.descriptors import Drain
 from flynn.host.logs.capture import Capture
 from flynn.host.runtime.runtime import Container
 from flynn.types.host import HostJob
+
+log = logging.getLogger(__name__)
+
+ARRIVAL_SECONDS = 5.0
 
 
 class LiveJob:
@@ -22,6 +27,29 @@ class LiveJob:
         self.attached = False  # somebody reads its raw output
         self.stdin_taken = False
         self.drain = Drain()
+        self._coming = 0  # of those who waited for the job: how many have not taken their place yet
+        self._all_in = asyncio.Event()
+        self._all_in.set()
+
+    def expect(self, attachers: int) -> None:
+        """So many have been told of the job and are on their way to its output."""
+        self._coming = attachers
+        if attachers:
+            self._all_in.clear()
+
+    def arrived(self) -> None:
+        """One of them has taken its place, or has failed or left: that must not keep the job from starting."""
+        self._coming -= 1
+        if self._coming <= 0:
+            self._all_in.set()
+
+    async def everybody_in(self) -> None:
+        """Wait for those on their way, so that they see the job's first byte; not for long."""
+        try:
+            async with asyncio.timeout(ARRIVAL_SECONDS):
+                await self._all_in.wait()
+        except TimeoutError:
+            log.warning("a job starts before all who waited for it are attached", extra={"job": self.job.id})
 
     @property
     def raw(self) -> bool:
@@ -51,7 +79,7 @@ class LiveJobs:
 
     def __init__(self) -> None:
         self._live: dict[str, LiveJob] = {}
-        self._waiting: dict[str, set[asyncio.Future[LiveJob | str]]] = {}
+        self._waiting: dict[str, dict[asyncio.Future[LiveJob | str], None]] = {}  # first come, first served
 
     def get(self, job_id: str) -> LiveJob | None:
         return self._live.get(job_id)
@@ -59,21 +87,21 @@ class LiveJobs:
     def wait_for(self, job_id: str) -> asyncio.Future[LiveJob | str]:
         """Return a future for the live job, or for the reason why it never came to life. Cancel it to stop waiting."""
         future: asyncio.Future[LiveJob | str] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(job_id, set())
-        waiting.add(future)
+        waiting = self._waiting.setdefault(job_id, {})
+        waiting[future] = None
 
         def forget(done: asyncio.Future[LiveJob | str]) -> None:
-            waiting.discard(done)
+            waiting.pop(done, None)
             if not waiting and self._waiting.get(job_id) is waiting:
                 del self._waiting[job_id]
 
         future.add_done_callback(forget)
         return future
 
-    def born(self, live: LiveJob) -> bool:
-        """The container stands and has not run anything yet. Tells whether anybody was waiting for it."""
+    def born(self, live: LiveJob) -> None:
+        """The container stands and has not run anything yet; those who have waited are on their way."""
         self._live[live.job.id] = live
-        return self._tell(live.job.id, live)
+        live.expect(self._tell(live.job.id, live))
 
     def failed(self, job_id: str, reason: str) -> None:
         """There will be no container."""
@@ -86,8 +114,8 @@ class LiveJobs:
             live.close_streams()
             live.finished.set()
 
-    def _tell(self, job_id: str, news: LiveJob | str) -> bool:
+    def _tell(self, job_id: str, news: LiveJob | str) -> int:
         waiting = [future for future in self._waiting.get(job_id, ()) if not future.done()]
         for future in waiting:
             future.set_result(news)
-        return bool(waiting)
+        return len(waiting)

@@ -121,6 +121,7 @@ class JobRun:
         self._services: JobServices | None = None
         self._scratch: Path | None = None
         self._reason: str | None = None  # why the host has killed the job
+        self._oom_reported = False
         self.container: Container | None = None
         self.finished = asyncio.Event()  # cleaned up
         self.heir: HostJob | None = None  # the job that takes its place, once it has ended
@@ -233,6 +234,7 @@ class JobRun:
             steps.reach("container-recorded")
             live = self._bring_to_life(container)
             steps.reach("output")
+            await live.everybody_in()
             await container.resume()
             steps.reach("resumed")
             await self._machine.book.apply(self._id, Launched())
@@ -243,6 +245,7 @@ class JobRun:
         """Do what is left of the start, then watch."""
         live = self._bring_to_life(container)
         if container.state is State.CREATED:
+            await live.everybody_in()
             await container.resume()
         if self._job.status == JobStatus.STARTING and container.state is not State.ENDED:
             await self._machine.book.apply(self._id, Launched())
@@ -376,6 +379,10 @@ class JobRun:
             for helper in helpers:
                 helper.cancel()
         patience.cancel()
+        if live.capture is not None:
+            if result.oom and not self._oom_reported:
+                live.capture.note(OOM_NOTICE)  # it has died of that before we were told
+            live.capture.silence()
         steps.reach("ended")
         if result.error is not None:
             return Broken(result.error)
@@ -409,6 +416,7 @@ class JobRun:
         async for total in live.container.oom_kills():
             log.warning("out of memory in a job", extra={"job": self._id, "total": total})
             if live.capture is not None:
+                self._oom_reported = True
                 live.capture.note(OOM_NOTICE)
 
     # Ending
@@ -435,6 +443,7 @@ class JobRun:
         machine, job = self._machine, self._job
         live = machine.live.get(self._id)
         if live is not None and live.capture is not None:
+            live.capture.silence()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(OUTPUT_GRACE.total_seconds()):
                     await live.capture.ended.wait()

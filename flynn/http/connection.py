@@ -60,6 +60,11 @@ class RawConnection:
         """Raises ConnectionError when the other side is gone."""
         await self._writer.drain()
 
+    @property
+    def closing(self) -> bool:
+        """Nothing can be written any more. With TLS that is so once the other side has closed."""
+        return self._writer.transport.is_closing()
+
     def write_eof(self) -> None:
         """Half-close, where the transport can (TLS cannot)."""
         if self._writer.can_write_eof():

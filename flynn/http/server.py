@@ -14,6 +14,7 @@ import asyncio
 import base64
 import hmac
 import logging
+import re
 import ssl
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
@@ -200,14 +201,75 @@ class Request:
         takeover = asyncio.StreamReaderProtocol(reader, loop=loop)
         takeover.connection_made(transport)
         transport.set_protocol(takeover)
+        transport.resume_reading()  # the library pauses when much has come early
         tail, handler._message_tail = getattr(handler, "_message_tail", b""), b""
         if tail:
             reader.feed_data(tail)
+        if isinstance(handler, _Connection):
+            handler.taken_over()
         self.upgraded = True
         transport.write(
             f"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n".encode()
         )
         return ServedConnection(reader, asyncio.StreamWriter(transport, takeover, reader, loop))
+
+
+_UPGRADE = re.compile(rb"[A-Z]+ \S+ HTTP/1\.1\r\n(?:[^\r\n]*\r\n)*?(?i:upgrade):[^\r\n]*\r\n")
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r\n")
+
+
+class _Connection(web.RequestHandler):
+    """The library's protocol, which also keeps what comes behind a request for an upgrade.
+
+    The library takes those bytes for the next request, unless the upgrade is to websockets. A client may send them
+    before it has seen our answer, and they belong to the new protocol. Should the upgrade be refused, they are another
+    request after all: the library looks at what it has kept.
+    """
+
+    __slots__ = ("_body_left",)  # of the body of a request for an upgrade; None: there is no such request
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._body_left: int | None = None
+
+    def taken_over(self) -> None:
+        """Nobody will tell this protocol when its connection is lost: have the server forget it after this request."""
+        if self._manager is not None:
+            self._manager.connection_lost(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._body_left is None and not self._upgraded and self._current_request is None and not self._messages:
+            end = data.find(b"\r\n\r\n") + 4
+            if end >= 4 and _UPGRADE.match(data, 0, end) is not None:
+                length = _LENGTH.search(data, 0, end)
+                self._body_left = end + (int(length[1]) if length else 0)
+        if self._body_left is None:
+            super().data_received(data)
+            return
+        request, rest = data[: self._body_left], data[self._body_left :]
+        self._body_left -= len(request)
+        super().data_received(request)
+        if self._body_left == 0:
+            self._body_left = None
+            self._upgraded = True
+            super().data_received(rest)
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()
+        return _Server(
+            plain.request_handler,
+            request_factory=plain.request_factory,
+            handler_cancellation=plain.handler_cancellation,
+            loop=plain._loop,
+            **plain._kwargs,
+        )
 
 
 Handler = Callable[[Request], Awaitable[Any]]
@@ -565,7 +627,7 @@ async def listen(
     pending: set[asyncio.Task[Any]] = set()
     leaving = asyncio.Event()
     context = tls.server_context(require_client=require_client) if isinstance(tls, Identity) else tls
-    runner = web.AppRunner(
+    runner = _Runner(
         api._application(key, pending, leaving),
         access_log=None,
         handler_cancellation=True,

@@ -166,6 +166,7 @@ async def test_captured_output_is_logged_line_by_line_with_its_stream(tmp_path: 
     os.close(out_end)
     os.close(err_end)
     async with asyncio.timeout(5):
+        capture.silence()
         await capture.ended.wait()
     found = {(line.stream, line.text) for line in logs.app(APP).reader(history=True).available()}
     assert found == {
@@ -192,6 +193,7 @@ async def test_a_line_that_begins_under_one_daemon_and_ends_under_the_next_stays
     capture = Capture(logs, SOURCE, tmp_path)
     capture.follow(out, None)
     async with asyncio.timeout(5):
+        capture.silence()
         await capture.ended.wait()
     texts = [line.text for line in logs.app(APP).reader(history=True).available()]
     assert texts == [b"first", b"second, still second", b"third"]

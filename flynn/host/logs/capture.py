@@ -19,8 +19,9 @@ CHUNK_BYTES = 64 << 10
 
 
 class Capture:
-    """The output of one job on its way into the log. `ended` once every stream has been read to its end.
+    """The output of one job on its way into the log.
 
+    `ended` once every stream has been read to its end and the host has nothing to say about the job any more.
     `keep` is the job's directory: beginnings of lines survive the daemon there.
     """
 
@@ -30,6 +31,7 @@ class Capture:
         self._header = source.header()
         self._open: dict[int, tuple[Stream, LineSplitter, Unfinished]] = {}
         self._failing = False
+        self._silent = False  # no `note` will come
         self.ended = asyncio.Event()
 
     def follow(self, stdout: int | None, stderr: int | None) -> None:
@@ -40,15 +42,25 @@ class Capture:
                 unfinished = Unfinished(self._keep / f"unfinished.{stream.name.lower()}")
                 self._open[descriptor] = (stream, LineSplitter(unfinished.take()), unfinished)
                 loop.add_reader(descriptor, self._readable, descriptor)
-        if not self._open:
-            self.ended.set()
+        self._end_if_over()
 
     def note(self, text: str) -> None:
         """Add a line of the host's own to the job's init stream."""
         self._write(Stream.INIT_LOG, [text.encode()])
 
+    def silence(self) -> None:
+        """The host has noted all there was to note."""
+        self._silent = True
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._silent and not self._open and not self.ended.is_set():
+            self._log.close()  # other jobs of the app open it again
+            self.ended.set()
+
     def stop(self) -> None:
         """Read no further; a last line without a newline is kept."""
+        self.silence()
         for descriptor in list(self._open):
             self._finish(descriptor)
 
@@ -79,9 +91,7 @@ class Capture:
         except OSError as error:
             self._complain(error)
         unfinished.close()
-        if not self._open:
-            self._log.close()  # other jobs of the app open it again
-            self.ended.set()
+        self._end_if_over()
 
     def _write(self, stream: Stream, lines: list[bytes]) -> None:
         if not lines:
