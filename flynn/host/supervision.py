@@ -44,10 +44,11 @@ from flynn.host.logs.files import LogDirectory
 from flynn.host.logs.record import Source
 from flynn.host.network.addresses import AddressError
 from flynn.host.networking import NodeNetwork
+from flynn.host.runtime import loop
 from flynn.host.runtime.layers import LayerError, LayerMounts
 from flynn.host.runtime.runtime import Container, ContainerError, Exit, NotRunning, Runtime, State
 from flynn.host.runtime.scratch import ScratchPool
-from flynn.host.runtime.spec import Network
+from flynn.host.runtime.spec import Device, Network
 from flynn.host.services.registration import JobServices
 from flynn.host.volumes import mounts
 from flynn.host.volumes.book import VolumeBook
@@ -120,6 +121,7 @@ class JobRun:
         self._stop = asyncio.Event()
         self._services: JobServices | None = None
         self._scratch: Path | None = None
+        self._loops: list[int] = []  # devices that are the job's alone
         self._reason: str | None = None  # why the host has killed the job
         self._oom_reported = False
         self.container: Container | None = None
@@ -179,6 +181,7 @@ class JobRun:
             log.info("no container to take over", extra={"job": self._id, "reason": str(error)})
             return False
         machine, spec = self._machine, self.container.spec
+        self._loops = loops_of(spec.devices_created)
         machine.mounts.adopt(self._id, spec.rootfs.lower)
         if spec.rootfs.writable:
             self._scratch = Path(spec.rootfs.writable)
@@ -219,6 +222,7 @@ class JobRun:
     async def _start_and_watch(self) -> Happening:
         job = self._machine.book.note(self._id, AddressAssigned(environment.with_ports(self._job.job), "")).job
         extras = profiles.extras(job.profiles)
+        self._loops = loops_of(extras.devices)
         partition = partitions.choose(job.partition, self._machine.partitions)
         await self._unless_stopped(self._wait_for_the_host(job))
         async with self._machine.launching:
@@ -455,6 +459,8 @@ class JobRun:
             steps.reach("address-released")
             await self._step("layers", machine.mounts.release(self._id))
             steps.reach("layers-released")
+            for number in self._loops:
+                await self._step("loop device", asyncio.to_thread(loop.take_back, number))
             await self._step("scratch", self._release_scratch())
             steps.reach("scratch-removed")
             for binding in job.job.config.volumes:
@@ -507,6 +513,11 @@ class JobRun:
             if not doing.done():
                 doing.cancel()
                 await asyncio.gather(doing, return_exceptions=True)
+
+
+def loops_of(devices: Sequence[Device]) -> list[int]:
+    """Return the minor numbers of the loop devices among a container's devices."""
+    return [one.minor for one in devices if (one.type, one.major) == ("b", loop.MAJOR) and one.minor >= 0]
 
 
 async def _together(*work: Coroutine[Any, Any, Any]) -> list[Any]:

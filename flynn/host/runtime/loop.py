@@ -10,7 +10,11 @@ from pathlib import Path
 
 from flynn.host.runtime import kernel
 
-_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
+_LOOP_CTL_ADD, _LOOP_CTL_REMOVE, _LOOP_CTL_GET_FREE = 0x4C80, 0x4C81, 0x4C82
+_LOOP_CONFIGURE, _LOOP_CLR_FD = 0x4C0A, 0x4C01
+MAJOR = 7
+#: An empty file per device that belongs to a job, for all hosts on the machine: nobody of us may mount by it.
+GIVEN_AWAY = Path("/run/flynn-loop")
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _TRIES = 50  # another process may take the free device first; all nodes of a machine share the devices
 
@@ -55,7 +59,10 @@ def _attach(backing: int, name: str, read_only: bool) -> tuple[int, str]:
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         for _ in range(_TRIES):
-            path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            if (GIVEN_AWAY / str(number)).exists():
+                number = fcntl.ioctl(control, _LOOP_CTL_ADD, -1)
+            path = f"/dev/loop{number}"
             device = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
@@ -67,6 +74,42 @@ def _attach(backing: int, name: str, read_only: bool) -> tuple[int, str]:
         raise OSError(errno.EBUSY, "no free loop device", name)
     finally:
         os.close(control)
+
+
+def give_away() -> int:
+    """Make a loop device for a job alone; returns its minor number. `take_back` ends it."""
+    GIVEN_AWAY.mkdir(mode=0o700, exist_ok=True)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        number = fcntl.ioctl(control, _LOOP_CTL_ADD, -1)
+    finally:
+        os.close(control)
+    (GIVEN_AWAY / str(number)).touch()
+    return number
+
+
+def take_back(number: int) -> None:
+    """Detach what a job has left on its device and remove that. Idempotent; not for devices of anyone else."""
+    if not (GIVEN_AWAY / str(number)).exists():
+        return
+    try:
+        device = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(device, _LOOP_CLR_FD)
+        finally:
+            os.close(device)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENOENT):  # it carries nothing, or is gone
+            raise
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(control, _LOOP_CTL_REMOVE, number)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EBUSY):  # a mount of it goes on: the device waits to be free again
+            raise
+    finally:
+        os.close(control)
+    (GIVEN_AWAY / str(number)).unlink(missing_ok=True)
 
 
 def mount_points(below: Path) -> list[Path]:
