@@ -179,9 +179,11 @@ class SchedulerLoop:
                     await self.tell(LeadershipChanged(leader.id == own.id))
 
     async def _list_jobs(self) -> None:
-        await self._hosts.list_all()
-        if self.engine.leader is not False:
-            await self._controller.list_records()
+        async with asyncio.TaskGroup() as group:
+            # Side by side: a host that does not answer, which may be why we lead now, keeps nobody from the books.
+            group.create_task(self._hosts.list_all(), name="list hosts")
+            if self.engine.leader is not False:
+                group.create_task(self._controller.list_records(), name="list records")
 
 
 async def _every(period: timedelta, now: asyncio.Event, body: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from flynn.aio.supervisor import TaskSet, supervisor
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.router.client import RouterEvent
 from flynn.scheduler.engine import Engine
-from flynn.scheduler.host_links import HOST_SERVICE
+from flynn.scheduler.host_links import HOST_SERVICE, QUICK
 from flynn.scheduler.loop import SERVICE, SchedulerLoop
 from flynn.scheduler.mandate import Mandate
 from flynn.scheduler.model import HostID
@@ -143,6 +144,7 @@ class World:
         self.registry = MemoryRegistry()
         self.controller = MemoryController()
         self.host = MemoryHost("h1")
+        self.hosts = {"h1": self.host}
 
     def scale(self, web: int) -> None:
         request = ScaleRequest(id="s1", app="shop", release="rel", state="pending")
@@ -156,8 +158,8 @@ class World:
             )
         )
 
-    async def eventually(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+    async def eventually(self, holds: Callable[[], bool], seconds: float = 5) -> None:
+        async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.01)
 
@@ -169,7 +171,7 @@ async def world() -> AsyncIterator[World]:
 
     @asynccontextmanager
     async def dial_host(host: HostID, instance: Instance) -> AsyncIterator[MemoryHost]:
-        yield world.host
+        yield world.hosts[host]
 
     @asynccontextmanager
     async def dial_router(instance: Instance) -> AsyncIterator[AsyncIterator[RouterEvent]]:
@@ -243,3 +245,36 @@ async def test_who_leaves_decides_nothing_more_and_leaves_true_books(world: Worl
     await leaving
     assert world.controller.told == ["pending", "starting"]
     assert len(world.host.running) == 1
+
+
+class SilentHost(MemoryHost):
+    """Its machine has lost its power: connections stand, nothing is answered."""
+
+    async def status(self) -> HostStatus:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def volumes(self) -> list[VolumeInfo]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_new_leader_does_not_wait_for_a_host_that_died_with_the_one_before(world: World) -> None:
+    """All it lists together takes no longer than giving that host up: three probes of a second each."""
+    world.hosts["h2"] = SilentHost("h2")
+    dead = Instance.at("10.0.0.2:1113", "http", {"id": "h2"})
+    await world.registry.register(HOST_SERVICE, dead)
+    await world.eventually(lambda: "h2" in world.loop.engine.world.hosts)
+    (leader,) = await world.registry.instances(SERVICE)
+    other = Instance.at("10.0.0.8:5000", "https")
+    await world.registry.register(SERVICE, other)
+    await world.registry.deregister(SERVICE, leader.id)
+    await world.eventually(lambda: world.loop.engine.leader is False)
+    await world.registry.register(SERVICE, leader)
+    await world.registry.deregister(SERVICE, other.id)
+    await world.registry.deregister(HOST_SERVICE, dead.id)
+    await world.eventually(lambda: bool(world.loop.engine.leader))
+    began = time.monotonic()
+    world.scale(1)
+    await world.eventually(lambda: len(world.host.running) == 1, seconds=20)
+    assert time.monotonic() - began < QUICK.total_seconds()
