@@ -8,7 +8,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 from dnslib import RCODE, DNSRecord
 
@@ -17,6 +17,7 @@ from flynn.aio.supervisor import TaskSet
 from flynn.discoverd import dns
 from flynn.discoverd.dns import Transport
 from flynn.discoverd.recursion import Resolvers, Upstream
+from flynn.discoverd.shortcut import Shortcut
 from flynn.discoverd.store import Directory
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,11 @@ TCP_IDLE_SECONDS = 8.0
 TCP_QUERIES = 128  # on one connection
 
 Address = tuple[str, int]
+T = TypeVar("T")
+
+
+def _shuffled(items: Sequence[T]) -> list[T]:
+    return random.sample(items, len(items))
 
 
 class NameServer:
@@ -35,6 +41,7 @@ class NameServer:
         self._state = state
         self._resolvers = Resolvers(upstreams, clock)
         self._clock = clock
+        self._shortcut = Shortcut()
         self._connections = 0
 
     def answer_at_once(self, raw: bytes, transport: Transport, own: str = "") -> bytes | DNSRecord | None:
@@ -42,6 +49,11 @@ class NameServer:
 
         `own`: the address that was asked.
         """
+        recursive, now = bool(self._resolvers), int(self._clock.now().timestamp())
+        if transport is Transport.UDP:
+            reply = self._shortcut.answer(raw, self._state(), recursive=recursive, now=now, shuffle=_shuffled)
+            if reply is not None:
+                return reply
         try:
             query = DNSRecord.parse(raw)
         except (
@@ -50,22 +62,13 @@ class NameServer:
             return dns.malformed(raw)
         if query.header.qr or len(query.questions) != 1:
             return dns.malformed(raw)
-        recursive = bool(self._resolvers)
         if (refusal := dns.refusal(query, recursive=recursive)) is not None:
             return bytes(refusal.pack())
         if not dns.in_zone(query):
             return self._resolvers.known(raw) or query
         try:
-            reply = dns.answer(
-                query,
-                self._state(),
-                transport,
-                recursive=recursive,
-                now=int(self._clock.now().timestamp()),
-                shuffle=lambda instances: random.sample(instances, len(instances)),
-                own=own,
-            )
-            return dns.packed(reply, query, transport)
+            full = dns.answer(query, self._state(), transport, recursive=recursive, now=now, shuffle=_shuffled, own=own)
+            return dns.packed(full, query, transport)
         except Exception:  # The edge: one odd query must not end the server.
             log.exception("could not answer", extra={"query": str(query.q)})
             return self.refuse(query)

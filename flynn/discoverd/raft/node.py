@@ -5,7 +5,7 @@ What differs from pysyncobj as it comes, and why:
 - Pace. By itself it sends and commits only every `appendEntriesPeriod`, so a lone writer waits 100 ms and more. Here
   the tick is repeated until neither the log nor the commit index moves, and only then does the thread wait for a
   socket, for a new command (a pipe wakes it) or for the next period. Idle it ticks a few times a second.
-- Batches. All that has come up in one tick, commands and what is committed, goes to a follower in one message; by itself
+- Batches. What has come up in one tick, commands and what is committed, goes to a follower in one message; by itself
   it sends one per command and another per commit. Small messages are not compressed, see `compression`.
 - Repetition. What a leader repeats is recognised, and nothing is committed that a message does not speak for; see
   `_Member.news_in`. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
