@@ -154,7 +154,7 @@ def _pinned(
     candidates = [volume for volume in volumes if volume.reusable and volume.path in paths]
     if not candidates:
         return None
-    refusal = Refused(HOST_DOWN)
+    refusal = Refused(f"{HOST_DOWN}: its volume is on {candidates[0].host}")
     for volume in candidates:
         host = hosts.get(volume.host)
         if host is None or host.shutting_down:

@@ -215,6 +215,8 @@ def debug_state(engine: Engine, job_id: str) -> dict[str, Any]:
             "healthy": host.healthy,
             "checks": host.failed_checks,
             "shutdown": host.shutting_down,
+            "memory": host.memory,
+            "memory_requested": world.reserved.get(host.id, 0),
         }
         for host in world.hosts.values()
     }

@@ -110,6 +110,7 @@ class Balance(RuleBasedStateMachine):
 
 TestBalance = Balance.TestCase
 
+WAITS_FOR_B = f"{HOST_DOWN}: its volume is on b"
 DATABASE = Formation(
     app=App(id="app", name="db"),
     release=Release(id="rel", processes={"db": ProcessType(volumes=[VolumeReq(path="/data"), VolumeReq(path="/wal")])}),
@@ -146,8 +147,13 @@ def placed(volumes: list[Volume], hosts: list[Host]) -> Chosen | Refused:
         param([volume("v", "b", job=JobID("x"))], [A, B], "a new1 new2", id="a volume in use is not taken"),
         param([volume("v", "b", decommissioned=True)], [A, B], "a new1 new2", id="nor one that was decommissioned"),
         param([volume("v", "b", state=VolumeState.DESTROYED)], [A], "a new1 new2", id="nor one that is gone"),
-        param([volume("v", "b")], [A], HOST_DOWN, id="data on a lost host is waited for"),
-        param([volume("v", "b")], [A, replace(B, shutting_down=True)], HOST_DOWN, id="also on one that goes away"),
+        param([volume("v", "b")], [A], WAITS_FOR_B, id="data on a lost host is waited for"),
+        param(
+            [volume("v", "b")],
+            [A, replace(B, shutting_down=True)],
+            WAITS_FOR_B,
+            id="also on one that goes away",
+        ),
         param([volume("v", "z"), volume("w", "b")], [A, B], "b w new1", id="a volume at hand before one far away"),
         param([], [], NO_HOSTS, id="no hosts"),
     ],

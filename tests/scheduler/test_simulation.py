@@ -457,7 +457,7 @@ def test_a_dead_nodes_jobs_are_replaced_and_data_is_waited_for() -> None:
     alive = [job.type for host in simulation.hosts.values() for job in host.active()]
     assert sorted(alive) == ["worker"] * 6
     blocked = [job for job in simulation.engines[0].world.jobs.values() if job.state is JobState.BLOCKED]
-    assert [(job.type, job.reason) for job in blocked] == [("db", "host is down")]
+    assert [(job.type, job.reason) for job in blocked] == [("db", f"host is down: its volume is on {dead.id}")]
     simulation.return_host(dead)
     simulation.run(5)
     assert [job.type for job in dead.active()].count("db") == 1
@@ -479,7 +479,9 @@ def test_a_scheduler_that_begins_while_a_host_is_away_waits_for_the_data_there_t
     simulation.lead(1)
     simulation.run(60)
     assert not any(other.active() for other in simulation.hosts.values())
-    assert [job.reason for job in simulation.engines[1].world.jobs.values()] == ["host is down"]
+    assert [job.reason for job in simulation.engines[1].world.jobs.values()] == [
+        f"host is down: its volume is on {host.id}"
+    ]
     simulation.return_host(host)
     simulation.run(5)
     assert [job.type for job in host.active()] == ["db"]
