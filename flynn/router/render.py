@@ -312,6 +312,10 @@ def _defaults() -> Iterator[str]:
         "    option srvtcpka",
         "    clitcpka-idle 180s",
         "    clitcpka-intvl 60s",
+        # A machine without power says nothing: streams of its jobs are ended after 11 s, about when it is given up.
+        "    srvtcpka-idle 5s",
+        "    srvtcpka-intvl 2s",
+        "    srvtcpka-cnt 3",
         "    timeout connect 1s",
         "    timeout queue 1s",
         "    timeout client 5m",

@@ -187,11 +187,14 @@ class Cluster:
                 counted = count * (len(self.members) if omni else 1)
                 wanted[formation["app"]["name"], process, formation["release"]["id"]] += counted
         wanted = +wanted
-        on_hosts = Counter((job.app, job.type, job.release) for job in self.all_jobs(self.members) if job.type)
+        kept = {(app, process) for app, process, _ in wanted}  # and not builds and other one-off jobs
+        on_hosts = Counter(
+            (job.app, job.type, job.release) for job in self.all_jobs(self.members) if (job.app, job.type) in kept
+        )
         on_record = Counter(
             (names.get(job["app"], job["app"]), job["type"], job["release"])
             for job in recorded
-            if job["state"] == "up" and job.get("type")
+            if job["state"] == "up" and (names.get(job["app"]), job.get("type")) in kept
         )
         for where, found in (("running", on_hosts), ("on record as up", on_record)):
             for key in sorted((found - wanted) | (wanted - found)):
