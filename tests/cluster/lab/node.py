@@ -247,8 +247,8 @@ def _end_strays(node: Node) -> None:
 
 
 def _destroy_pool(pool: str) -> None:
-    """A pool is busy for a moment after the last process that used it was killed."""
-    deadline = time.monotonic() + 15
+    """A pool is busy for a moment after its last user was killed, and while somebody has copies of its mounts."""
+    deadline = time.monotonic() + 60
     while pool in run("zpool", "list", "-H", "-o", "name", check=False).split():
         run("zpool", "destroy", "-f", pool, check=time.monotonic() > deadline)
         time.sleep(0.1)
