@@ -15,6 +15,7 @@ from flynn.types.app import App
 from flynn.types.artifact import Artifact
 from flynn.types.formation import ScaleRequest
 from flynn.types.release import ProcessType, Release, VolumeReq
+from flynn.types.resources import DEFAULTS
 
 HostID = NewType("HostID", str)
 JobID = NewType("JobID", str)  # the UUID; a host calls the job `<host id>-<uuid>`
@@ -22,6 +23,7 @@ VolumeID = NewType("VolumeID", str)
 RouterID = NewType("RouterID", str)
 Tags = Mapping[str, str]
 
+DEFAULT_MEMORY = DEFAULTS["memory"].request or 0  # bytes
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
@@ -89,8 +91,11 @@ class Host:
         return self.healthy and self.listed and not self.shutting_down
 
     def holds(self, memory: int) -> bool:
-        """Whether the host could give so much to one job if it had no other."""
-        return not self.memory or memory <= self.memory
+        """Whether the host could give so much to one job if it had no other.
+
+        The default holds on every host: nobody has asked for it, and a machine sold as one of 1 GiB has a little less.
+        """
+        return not self.memory or memory <= max(self.memory, DEFAULT_MEMORY)
 
     def fits(self, wanted: Tags) -> bool:
         """Whether the host carries all wanted tags; none wanted fits every host."""

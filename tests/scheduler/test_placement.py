@@ -74,6 +74,10 @@ def test_memory_and_ports(needs: Needs, load: dict[HostID, int], reserved: dict[
     assert (found[0].id if found else needs.refusal([SMALL, LARGE])) == chosen
 
 
+def test_a_machine_with_a_little_less_than_the_default_takes_jobs_that_ask_for_nothing_else() -> None:
+    assert spread([replace(A, memory=GIB - GIB // 20)], {}, Needs({}, memory=GIB), 1)
+
+
 def test_jobs_that_take_a_port_get_a_host_each_and_those_left_over_none() -> None:
     needs = Needs({}, ports=PORT, alone=True)
     assert spread([A, B], {}, needs, 3) == [A, B]
