@@ -483,3 +483,16 @@ def test_what_was_synced_survives_the_death_of_zfs_fuse(tmp_path: Path, how: str
     command = ["unshare", "--mount", "--propagation", "private", sys.executable, str(script), str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "kept\n"), done.stderr
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_job_whose_zfs_fuse_dies_is_ended_and_the_next_finds_its_data(tmp_path: Path, layer_file: Path) -> None:
+    if Path("/dev/zfs").exists() or not Path(fuse.DAEMON).exists():
+        pytest.skip("no zfs-fuse here")
+    command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.host.zfs_fuse_host"]
+    done = subprocess.run(
+        [*command, str(tmp_path), str(layer_file)], capture_output=True, text=True, timeout=240, check=False
+    )
+    said = "the file system of its volume at /data has died\n0 available\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr

@@ -78,5 +78,6 @@ async def provider_opened(provider: ZfsProvider) -> None:
         pass  # it still hangs
 
 
-hide_the_real_one()
-asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+if __name__ == "__main__":
+    hide_the_real_one()
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))

@@ -179,7 +179,7 @@ def unmount_dead() -> None:
 def is_dead(place: str) -> bool:
     """Tell whether a mount's server is gone. Blocks for as long as a living one hangs."""
     try:
-        os.stat(place)
+        os.statvfs(place)  # not `stat`: the kernel remembers attributes of the dead
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
