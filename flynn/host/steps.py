@@ -23,6 +23,7 @@ POWER_CUT = "FLYNN_HOST_FAULT_CGROUP"  # for the kind `power`: the cgroup root w
 
 #: name -> what has just happened. In the order of a job's life; the daemon's own start comes first.
 STEPS: dict[str, str] = {
+    "scratch-formatted": "the daemon makes write layers ready: the file is there, it is not mounted",
     "restored": "the daemon has taken over what ran, and does not listen yet",
     # start
     "recorded": "the job is in the state file, the caller has his answer",
@@ -32,7 +33,7 @@ STEPS: dict[str, str] = {
     "addressed": "the address is recorded",
     "layer-fetched": "a layer's file is here and verified",
     "layer-mounted": "the layer is mounted",
-    "scratch-made": "a write layer is formatted and mounted",
+    "scratch-taken": "a write layer is taken from those that are ready",
     "volumes-mounted": "the job's volumes are mounted",
     "identity": "its certificate is written",
     "prepared": "all that the container is built from is there",
@@ -82,8 +83,9 @@ def _fail(step: str, kind: str) -> None:
         time.sleep(1000)
     if kind == "power":
         _kill_containers(os.environ.get(POWER_CUT, ""))
-    if kind in ("power", "zygote"):
-        _kill_children(os.getpid())
+        _kill_children(os.getpid(), and_theirs=True)  # an init may be in no cgroup yet
+    if kind == "zygote":
+        _kill_children(os.getpid(), and_theirs=False)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -97,15 +99,16 @@ def _kill_containers(cgroup_root: str) -> None:
                         _kill(int(pid))
 
 
-def _kill_children(pid: int) -> None:
-    """The zygote, and those of its children that are in no cgroup yet."""
+def _kill_children(pid: int, *, and_theirs: bool) -> None:
+    """The zygote, and the inits it has forked."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as listed:
             children = [int(child) for child in listed.read().split()]
     except OSError:
         return
     for child in children:
-        _kill_children(child)
+        if and_theirs:
+            _kill_children(child, and_theirs=True)
         _kill(child)
 
 

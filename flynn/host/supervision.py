@@ -46,7 +46,7 @@ from flynn.host.network.addresses import AddressError
 from flynn.host.networking import NodeNetwork
 from flynn.host.runtime import loop
 from flynn.host.runtime.layers import LayerError, LayerMounts
-from flynn.host.runtime.runtime import Container, ContainerError, Exit, NotRunning, Runtime, State
+from flynn.host.runtime.runtime import KILLED, Container, ContainerError, Exit, NotRunning, Runtime, State
 from flynn.host.runtime.scratch import ScratchPool
 from flynn.host.runtime.spec import Device, Network
 from flynn.host.services.registration import JobServices
@@ -136,7 +136,6 @@ class JobRun:
         """Ask for the end: SIGTERM, 30 s, SIGKILL. Returns at once."""
         if not self._job.status.down and not self._job.force_stop:
             self._machine.book.note(self._id, StopAsked())
-            steps.reach("stop-asked")
         self._stop.set()
 
     async def kill(self, reason: str) -> None:
@@ -205,6 +204,8 @@ class JobRun:
         elif self._job.status == JobStatus.STARTING and self._job.pid is None:
             await self.run()  # it had not come to a container yet
             return
+        elif self._job.force_stop:
+            end = Ended(KILLED, signal.SIGKILL)  # as it was to end: by us, or with the machine
         else:
             end = Broken("the container is gone: the host was restarted, or somebody killed the container's init")
         await self._finish(end)
@@ -398,6 +399,9 @@ class JobRun:
         return f"killed for lack of memory: it wanted more than its limit of {memory_bytes(job.resources) // MIB} MiB"
 
     async def _terminate(self, container: Container, ended: asyncio.Task[Any]) -> None:
+        # That it was asked to stop: or its death would be a crash to the next daemon.
+        await self._machine.book.written()
+        steps.reach("stop-asked")
         try:
             await container.signal(signal.SIGTERM)
         except NotRunning:

@@ -43,6 +43,11 @@ class TestMachine:
         self.process: subprocess.Popen[bytes] | None = None
 
     def plug_in(self) -> None:
+        self.connect()
+        self.tool("init", "--id", self.id, "--external-ip", self.ip)
+
+    def connect(self) -> None:
+        """Make the namespace and the cable."""
         cable = self.cable
         for command in (
             f"ip netns add {self.name}",
@@ -54,7 +59,6 @@ class TestMachine:
             f"ip -n {self.name} link set eth0 up",
         ):
             subprocess.check_call(command.split())
-        self.tool("init", "--id", self.id, "--external-ip", self.ip)
 
     def command(self, *arguments: str) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self.name}", str(BIN / "flynn-host"), *arguments]

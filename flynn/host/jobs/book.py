@@ -98,6 +98,10 @@ class JobBook:
         """Like `apply`, without waiting for the record to be written."""
         return self._apply(job_id, happening)[0]
 
+    async def written(self) -> None:
+        """Wait until all that was noted so far is written, or has failed to be."""
+        await _settled(self._store.commit())
+
     async def succeed(self, job_id: str, end: lifecycle.Happening, heir: HostJob) -> ActiveJob:
         """End a job and record its successor, in one transaction: either both are known or neither.
 

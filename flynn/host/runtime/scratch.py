@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import uuid
 from collections import defaultdict, deque
+from collections.abc import Collection
 from pathlib import Path
 
 from flynn.host import steps
@@ -59,6 +60,7 @@ class ScratchPool:
         path = self._ready[size].popleft() if self._ready[size] else await self._make(size)
         self._used.add(path)
         self._short.set()
+        steps.reach("scratch-taken")
         return path
 
     async def release(self, path: Path) -> None:
@@ -74,7 +76,9 @@ class ScratchPool:
     async def collect(self) -> None:
         """Delete all that nobody took or adopted."""
         keep = self._used | self._making | {path for paths in self._ready.values() for path in paths}
-        await asyncio.to_thread(_remove_all_but, self._directory, {path.parent for path in keep})
+        # Listed here, not in the thread: what is made from now on must not be taken for a leftover.
+        found = list(self._directory.iterdir()) if self._directory.exists() else []
+        await asyncio.to_thread(_remove_leftovers, set(found) - {path.parent for path in keep})
 
     async def __aenter__(self) -> ScratchPool:
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -132,9 +136,9 @@ def _make(path: Path, size: int) -> None:
     finally:
         os.close(fd)
     subprocess.run([*_FORMAT, str(image)], check=True, stdout=subprocess.DEVNULL, timeout=60)
+    steps.reach("scratch-formatted")
     loop.mount_image(image, path, "ext4", read_only=False)
     (path / "lost+found").rmdir()
-    steps.reach("scratch-made")
 
 
 def _remove(path: Path) -> None:
@@ -143,11 +147,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def _remove_all_but(directory: Path, keep: set[Path]) -> None:
-    for path in loop.mount_points(directory):
-        if path.parent not in keep:
-            loop.unmount(path)
-    with contextlib.suppress(FileNotFoundError):
-        for entry in directory.iterdir():
-            if entry not in keep and not os.path.ismount(entry / "fs"):
-                shutil.rmtree(entry, ignore_errors=True)
+def _remove_leftovers(entries: Collection[Path]) -> None:
+    for entry in entries:
+        loop.unmount(entry / "fs")
+        if not os.path.ismount(entry / "fs"):
+            shutil.rmtree(entry, ignore_errors=True)

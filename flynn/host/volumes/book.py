@@ -295,7 +295,10 @@ class VolumeBook:
         async with self._lock(volume_id):
             volume = self._kept(volume_id)
             provider = await _translated(self._opened(volume.provider))
-            await _translated(provider.destroy(volume.place))
+            try:
+                await _translated(provider.destroy(volume.place))
+            except NotFound:
+                pass  # an earlier daemon has died in between
             steps.reach("volume-destroyed")
             await self._commit(state.forget_volume(volume_id))
             self._volumes.pop(volume_id, None)
