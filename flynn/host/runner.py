@@ -76,7 +76,9 @@ class JobRunner:
         """
         kept = self._machine.book.restore()
         runs = {item.job.job.id: JobRun(self._machine, item.job.job.id) for item in kept}
-        found = {item.job.job.id for item in kept if await runs[item.job.job.id].reconnect()}
+        # All at once: one init that does not answer must not keep the daemon from the others for its time limit each.
+        connected = await asyncio.gather(*(run.reconnect() for run in runs.values()))
+        found = {job_id for job_id, living in zip(runs, connected, strict=True) if living}
         for leftover in await self._machine.runtime.collect_leftovers(found):
             log.info("removed a container nobody knows", extra={"job": leftover})
         await self._machine.mounts.collect()

@@ -179,6 +179,9 @@ class JobRun:
         except (ContainerError, OSError, TimeoutError) as error:
             log.info("no container to take over", extra={"job": self._id, "reason": str(error)})
             return False
+        except Exception:  # The edge: what one container has left behind must not keep the daemon from starting.
+            log.exception("a container cannot be taken over", extra={"job": self._id})
+            return False
         machine, spec = self._machine, self.container.spec
         self._loops = loops_of(spec.devices_created)
         machine.mounts.adopt(self._id, spec.rootfs.lower)

@@ -23,7 +23,9 @@ KINDS = {
 ONCE, TWICE = "runs, started once", "runs, started a second time"
 GONE = "failed: its container is gone"
 DONE = "done"
-KILLED = "crashed: killed by SIGKILL"
+
+#: The zygote ends with its daemon in any case; that it may be dead even sooner matters where it has just been needed.
+AROUND_THE_FORK = ("files", "forked", "init-listening", "init-cgroups", "init-root", "created", "running", "ended")
 
 
 @dataclass(frozen=True, slots=True)

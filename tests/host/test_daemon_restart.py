@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from flynn.host.client import HostClient
-from flynn.types.errors import ApiError
-from flynn.types.host import AttachReq, JobStatus, Mountspec, VolumeBinding
+from flynn.types.codec import replace
+from flynn.types.errors import ApiError, Conflict
+from flynn.types.host import AttachReq, HostCommand, JobStatus, Mountspec, VolumeBinding
 from flynn.types.volume import VolumeRequest
 
 from .machine import TestMachine, ended, eventually
@@ -210,3 +213,67 @@ async def test_open_streams_and_terminals_do_not_delay_the_end_of_the_daemon(
             await attachment.ready()
             async with asyncio.timeout(4):
                 await asyncio.to_thread(node.end, signal.SIGTERM)
+
+
+async def test_containers_that_cannot_be_taken_over_do_not_keep_the_others_from_it(
+    node: TestMachine, image: Mountspec
+) -> None:
+    fine, damaged, missing, stopped = wanted = [job(image, "echo up; sleep 1000") for _ in range(4)]
+    async with node.client() as host:
+        await node.configure(host)
+        for item in wanted:
+            await host.add_job(item)
+        for item in wanted:
+            await eventually(lambda item=item: _prints(host, item.id, "up"))  # type: ignore[misc]
+        inits = {item.id: (await host.job(item.id)).pid for item in wanted}
+    await asyncio.to_thread(node.end, signal.SIGKILL)
+    (node.state / "jobs" / damaged.id / "spec.json").write_text('{"id": "x", "rootfs": {"lower": 3}}')
+    (node.state / "jobs" / missing.id / "spec.json").unlink()
+    os.kill(inits[stopped.id] or 0, signal.SIGSTOP)  # its init answers nobody
+    await asyncio.to_thread(node.start, env={"FLYNN_HOST_FAULT": "none"})  # which makes time limits shorter
+    async with node.client() as host:
+        for item in (damaged, missing, stopped):
+            assert await ended(host, item.id) is JobStatus.FAILED
+        assert (await host.job(fine.id)).status is JobStatus.RUNNING
+        await host.stop_job(fine.id)
+        await eventually(lambda: _empty(node))
+    assert list(Path("/sys/fs/cgroup").glob(f"*/{node.name}/*/node1-*")) == []
+
+
+async def test_refused_jobs_keep_neither_the_end_nor_an_update_waiting(node: TestMachine, image: Mountspec) -> None:
+    async with node.client() as host:
+        await node.configure(host)
+        volume = await host.create_volume(VolumeRequest())
+        holder = job(image, "sleep 1000", volumes=[VolumeBinding(target="/d", volume=volume.id, writeable=True)])
+        await host.add_job(holder)
+        for refused in (holder, replace(holder, id="node1-other")):
+            with pytest.raises(Conflict):
+                await host.add_job(refused)
+        await host.set_tags({"disk": "ssd", "zone": "a"})
+        await host.set_tags({"disk": ""})
+        await host.update(HostCommand())
+        await eventually(lambda: _updated(host))
+        assert (await host.status()).tags == {"zone": "a"}
+        await host.stop_job(holder.id)
+    async with asyncio.timeout(6):
+        await asyncio.to_thread(node.end, signal.SIGTERM)
+
+
+async def test_flags_that_host_json_has_too_hinder_neither_a_start_nor_an_update(node: TestMachine) -> None:
+    await asyncio.to_thread(node.end)
+    file = node.config / "host.json"
+    given = json.loads(file.read_text())
+    file.write_text(json.dumps({**given, "args": [*given["args"], "--tags", "from=file", "--max-job-concurrency=3"]}))
+    await asyncio.to_thread(node.start, "--max-job-concurrency", "9", "--id", "node1")
+    async with node.client() as host:
+        before = await host.status()
+        assert before.tags == {"from": "file"} and before.flags is not None and "--id" in before.flags
+        await host.update(HostCommand())
+        await eventually(lambda: _updated(host))
+        after = await host.status()
+        assert (after.flags, after.tags, after.pid) == (before.flags, before.tags, before.pid)
+
+
+async def _updated(host: HostClient) -> bool:
+    update = (await host.status()).update
+    return update is not None and not update.error

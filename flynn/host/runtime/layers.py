@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -64,10 +65,17 @@ class LayerMounts:
                 self._users[path.name].add(user)
 
     async def collect(self) -> list[str]:
-        """Unmount all layers nobody uses (leftovers of an earlier daemon); return their ids."""
+        """Unmount all layers nobody uses (leftovers of an earlier daemon); return their ids.
+
+        Mount points that a power cut has left are removed as well. For the start, before anybody acquires layers.
+        """
         unused = [layer for layer in sorted(self._mounted) if not self._users[layer]]
         for layer in unused:
             await self._unmount_unused(layer)
+        for empty in self._mounts.glob("*"):
+            if empty.name not in self._mounted:
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
         return unused
 
     async def _unmount_unused(self, layer: str) -> None:

@@ -583,7 +583,7 @@ class Runtime:
             container.pid = _peer_pid(connection)
             container._connect(connection)
             try:
-                async with asyncio.timeout(SET_UP_LIMIT):
+                async with asyncio.timeout(job_steps.patience(SET_UP_LIMIT)):
                     await container._until(lambda: container._greeted or container._exit is not None)
             except TimeoutError as error:
                 container.close()
