@@ -31,7 +31,9 @@ images: setup ## build the images (a second build uses the cache)
 
 release: setup ## publish images as a signed release in build/release (keys: ~/.config/flynn/release-keys)
 	@$(BIN)/flynn-images build --portable --out build/release-images
-	@$(BIN)/flynn-images release --images build/release-images $(if $(CHANNEL),--channel $(CHANNEL))
+	@rm -rf build/lib build/bdist.* build/release-wheels && mkdir -p build/release-wheels && \
+	  $(BIN)/pip wheel -q --use-pep517 -w build/release-wheels '.[node,machine]'
+	@$(BIN)/flynn-images release --images build/release-images --wheels build/release-wheels $(if $(CHANNEL),--channel $(CHANNEL))
 
 PREFIX ?= /opt/flynn
 DESTDIR ?=

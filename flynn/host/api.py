@@ -100,6 +100,7 @@ class HostApi:
         api.route("POST", "/host/tags", self._set_tags, allow=OPERATORS)
         api.route("POST", "/host/update", self._update_daemon, allow=HOSTS)
         api.route("POST", "/host/pull/images", self._pull_images, allow=HOSTS)
+        api.route("POST", "/host/pull/binaries", self._pull_binaries, allow=HOSTS)
         api.route("POST", "/host/drain", self._drain, allow=HOSTS)
         api.route("POST", "/host/tokens", self._create_token, allow=HOSTS)
         api.route("GET", "/host/ca", self._authority, allow=ANYONE)
@@ -228,6 +229,12 @@ class HostApi:
         if not request.query("repository"):
             raise ValidationError("repository", "must be set")
         return EventStream(self._releases.pull(request.query("repository"), request.query("version")))
+
+    async def _pull_binaries(self, request: Request) -> dict[str, str]:
+        # Nor where the asker wants to have it: programs go beside the one that runs, links are moved by an update.
+        if not request.query("repository"):
+            raise ValidationError("repository", "must be set")
+        return await self._releases.pull_program(request.query("repository"), request.query("version"))
 
     # Volumes
 

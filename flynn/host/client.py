@@ -39,6 +39,7 @@ PULL_SECONDS = 2 * 3600.0  # a large volume over a slow line
 DEREGISTER_SECONDS = 15.0
 RESUME_SECONDS = 20.0
 RESUME = Backoff(first=timedelta(milliseconds=100), limit=timedelta(seconds=2))
+INSTALL_SECONDS = 900.0  # some 40 MB, and an installation
 UPDATE_SECONDS = 45.0  # a new program has 30 s to prove itself
 
 
@@ -241,6 +242,15 @@ class HostClient:
         async with pulling as pulled:
             async for item in pulled:
                 yield item
+
+    async def pull_program(self, repository: str, version: str = "") -> dict[str, str]:
+        """Have the program of a release on the host; returns the paths of its commands there. Raises `ApiError`."""
+        params = {"repository": repository, "version": version}
+        answer = await self._http.call(
+            "POST", "/host/pull/binaries", answer=dict[str, str], params=params, timeout=INSTALL_SECONDS
+        )
+        assert answer is not None
+        return answer
 
     async def create_volume(self, request: VolumeRequest, *, provider: str = DEFAULT_PROVIDER) -> VolumeInfo:
         """Create a data volume; an empty id in `request` is filled in."""

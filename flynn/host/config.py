@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
@@ -20,6 +21,8 @@ STATE_DIR = Path("/var/lib/flynn")
 CONFIG_DIR = Path("/etc/flynn")
 LOG_DIR = Path("/var/log/flynn")
 HTTP_PORT = 1113
+BIN_DIR = Path("/usr/local/bin")
+VERSIONS = "versions"  # below the first installation, those that updates have brought
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,8 @@ class Config:
     max_job_concurrency: int = 4  # jobs launched at a time
     peer_ips: tuple[str, ...] = ()  # hosts whose discoverd is asked as long as there is none here
     force: bool = False  # stop all jobs found at the start
+    bin_dir: Path = BIN_DIR  # links to the program, which an update moves
+    program_dir: Path = Path("/opt/flynn") / VERSIONS  # the programs of later releases
     flags: tuple[str, ...] = ()  # the command line, for the status
 
     @property
@@ -87,6 +92,8 @@ def configured(options: Mapping[str, Any], flags: Sequence[str]) -> Config:
         max_job_concurrency=max(1, options["max_job_concurrency"]),
         peer_ips=tuple(ip.strip() for ip in options["peer_ips"].split(",") if ip.strip()),
         force=options["force"],
+        bin_dir=Path(options["bin_dir"]).absolute(),
+        program_dir=Path(options["program_dir"] or default_program_dir(Path(sys.prefix))).absolute(),
         flags=tuple(flags),
     )
 
@@ -114,6 +121,11 @@ def parse_tags(text: str) -> dict[str, str]:
 
 def default_id() -> str:
     return socket.gethostname().replace("-", "")
+
+
+def default_program_dir(prefix: Path) -> Path:
+    """Return where releases are installed beside the Python environment that runs, which may be one of them."""
+    return prefix.parent if prefix.parent.name == VERSIONS else prefix / VERSIONS
 
 
 def default_ip() -> str:

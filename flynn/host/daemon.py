@@ -103,7 +103,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
         certificates = JobCertificates(certificate_authority, clock, config.key_file.read_bytes())
         live = LiveJobs()
         mounts = LayerMounts(config.state_dir / "layers")
-        releases = Releases(config.state_dir, config.config_dir)
+        releases = Releases(config.state_dir, config.config_dir, config.program_dir)
         layers = LayerStore(
             config.state_dir / "layers",
             _Sources(discovery, identity).client,
@@ -210,7 +210,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             )
             await stack.enter_async_context(listener)
         stack.callback(host_api.hang_up)
-        update.ready()
+        update.ready(config.bin_dir)
         log.info("host up", extra={"id": config.id, "address": outside, "jobs": len(living)})
         yield
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flynn.host.config import CONFIG_DIR, HTTP_PORT, LOG_DIR, STATE_DIR
+from flynn.host.config import BIN_DIR, CONFIG_DIR, HTTP_PORT, LOG_DIR, STATE_DIR
 from flynn.host.jobs.partitions import DEFAULT_PARTITIONS
 from flynn.version import VERSION
 
@@ -43,6 +43,7 @@ COMMANDS = {
     "stop": "flynn.host.cli.jobs:stop",
     "tags": "flynn.host.cli.cluster:tags",
     "token": "flynn.host.cli.joining:token",
+    "update": "flynn.host.cli.update:update",
     "volume": "flynn.host.cli.volumes:volume",
 }
 
@@ -105,6 +106,8 @@ def version(release: bool) -> None:
 @click.option("--max-job-concurrency", default=4, show_default=True, help="Jobs launched at a time.")
 @click.option("--force", is_flag=True, help="Stop all jobs an earlier daemon has left.")
 @click.option("--peer-ips", default="", help="Addresses of hosts of an existing cluster.")
+@click.option("--bin-dir", default=str(BIN_DIR), show_default=True, help="Links here lead to the program.")
+@click.option("--program-dir", default="", help="Of later releases. Default: `versions` in this installation.")
 @click.pass_context
 def daemon(ctx: click.Context, /, **options: Any) -> None:
     """Run this machine's jobs, until SIGTERM. The jobs go on without the daemon and are found again by the next one."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Releases:
     """What this host may take from repositories it trusts."""
 
-    def __init__(self, state_dir: Path, config_dir: Path) -> None:
-        self._state_dir, self._config_dir = state_dir, config_dir
+    def __init__(self, state_dir: Path, config_dir: Path, program_dir: Path) -> None:
+        self._state_dir, self._config_dir, self._program_dir = state_dir, config_dir, program_dir
 
     async def fetch(self, repository: str, name: str, into: Path) -> None:
         """Have the verified content of a file in `into`, below the state directory. Raises `DownloadFailed`."""
@@ -60,6 +60,26 @@ class Releases:
             finally:
                 source.cut()
                 working.cancel()
+        except DownloadFailed as error:
+            raise ApiError(str(error)) from error
+
+    async def pull_program(self, repository: str, version: str) -> dict[str, str]:
+        """Have the program of a release on this host, beside the one that runs; returns the paths of its commands.
+
+        Raises `ApiError`.
+        """
+        from flynn.host.download.program import install
+        from flynn.host.download.pull import wanted_version
+
+        def work() -> dict[str, str]:
+            return install(source, wanted_version(source, version=version, channel=""), self._program_dir)
+
+        try:
+            source = self._trusted(repository)
+            try:
+                return await asyncio.to_thread(work)
+            finally:
+                source.cut()
         except DownloadFailed as error:
             raise ApiError(str(error)) from error
 

@@ -170,9 +170,14 @@ class Update:
         back = Handover(listeners=self._handover.listeners, update=failed)
         self._execute(self._handover.back, self._handover.environment, back)
 
-    def ready(self) -> None:
-        """This program serves: there is no way back any more."""
+    def ready(self, links: Path) -> None:
+        """This program serves: there is no way back any more, and the links to the one before lead here."""
         self._ready = True
+        if self._handover.back:
+            try:
+                move_links(links, Path(self._handover.back[0]).parent, Path(self._program[0]).parent)
+            except OSError as error:
+                log.error("links not moved", extra={"directory": str(links), "error": str(error)})
         if self.last is not None:
             log.info("updated" if not self.last.error else "not updated", extra={"path": self._program[0]})
 
@@ -231,6 +236,27 @@ async def _last_words(stream: asyncio.StreamReader) -> bytes:
     while chunk := await stream.read(WORDS_BYTES):
         words = (words + chunk)[-WORDS_BYTES:]
     return words
+
+
+def move_links(links: Path, before: Path, now: Path) -> None:
+    """Let the links that lead to programs in one directory lead to those in another, one at a time and atomically.
+
+    Others are left alone: an operator's own, or those of another installation. Raises `OSError`.
+    """
+    if before == now or not links.is_dir():
+        return
+    for link in links.iterdir():
+        target = now / link.name
+        if link.is_symlink() and link.resolve() == before / link.name and target.exists():
+            beside = links / f".{link.name}.new"
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(target)
+            beside.rename(link)
+    descriptor = os.open(links, os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def own_program(called: str, executable: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -105,6 +106,7 @@ def _signed(out: Path, offline_keys: Path, online_keys: Path, days: dict[str, in
 @click.option("--cache", type=click.Path(path_type=Path), default="/var/cache/flynn", show_default=True)
 @click.option("--channel", default="stable", show_default=True, help="Points at the release afterwards.")
 @click.option("--version", default="", help="vYYYYMMDD.N. Default: the next of today.")
+@click.option("--wheels", type=click.Path(path_type=Path, file_okay=False), help="flynn-host and all it needs.")
 @click.option("--root-keys", default=1, show_default=True, help="Of a new repository.")
 @click.option("--root-threshold", default=1, show_default=True, help="How many of them must sign.")
 def release(
@@ -115,6 +117,7 @@ def release(
     cache: Path,
     channel: str,
     version: str,
+    wheels: Path | None,
     root_keys: int,
     root_threshold: int,
     **days: int,
@@ -122,6 +125,7 @@ def release(
     """Publish the built images in a signed repository. Keys are made at the first release."""
     from flynn.images import release as releasing
     from flynn.images.repository import RootPolicy
+    from flynn.types.program import python_kind
 
     with _signed(out, offline_keys, online_keys, days) as repository:
         published = releasing.release(
@@ -133,6 +137,8 @@ def release(
             today=datetime.now(UTC).date(),
             policy=RootPolicy(root_keys, root_threshold),
             say=lambda line: click.echo(line, err=True),
+            wheels=wheels,
+            python=python_kind(sys.version_info.major, sys.version_info.minor, sysconfig.get_platform()),
         )
     new = f"{published.files} new files, {published.bytes / 1e6:.1f} MB"
     click.echo(f"{published.version} in {out}, channel {channel}: {new}", err=True)

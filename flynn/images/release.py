@@ -31,6 +31,7 @@ from flynn.types.distribution import (
     released_versions,
 )
 from flynn.types.errors import ApiError
+from flynn.types.program import Program, Wheel, program_target, wheel_target
 
 CHUNK_BYTES = 1 << 20
 
@@ -66,8 +67,12 @@ def release(
     today: date,
     policy: RootPolicy,
     say: Callable[[str], None],
+    wheels: Path | None = None,
+    python: str = "",
 ) -> Published:
     """Publish the artifacts in the directory `images`, whose layers are in `cache`, and point `channel` at them.
+
+    With `wheels`, a directory of flynn-host and all it needs for the kind of Python `python`, hosts can be updated.
 
     An empty `version` takes the next one of today. The repository is begun, with new keys, if there is none.
 
@@ -89,6 +94,8 @@ def release(
         if images_target(version) in released:
             raise ReleaseProblem(f"{version} has been released already")
         targets, files = _targets(known, Store(cache), released, version, channel)
+        if wheels is not None:
+            _add_program(targets, files, wheels, python, version)
         added = [name for name, target in targets.items() if repository.place(target, files[name])]
         repository.publish(targets)
     return Published(version, len(added), sum(targets[name].length for name in added))
@@ -143,6 +150,21 @@ def _targets(
                 f"Put the released file back into {store.root} and build again, or change the layer's recipe"
             )
     return targets, files
+
+
+def _add_program(
+    targets: dict[str, TargetFile], files: dict[str, Path | bytes], wheels: Path, python: str, version: str
+) -> None:
+    listed = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        content = wheel.read_bytes()
+        name = wheel_target(hashlib.sha256(content).hexdigest()[:16], wheel.name)
+        targets[name], files[name] = TargetFile.from_data(name, content, [HASH]), wheel
+        listed.append(Wheel(name=wheel.name, target=name))
+    if not any(wheel.name.startswith("flynn-") for wheel in listed):
+        raise ReleaseProblem(f"flynn itself is not in {wheels}")
+    name, content = program_target(version), gzip.compress(encode(Program(python=python, wheels=listed)), mtime=0)
+    targets[name], files[name] = TargetFile.from_data(name, content, [HASH]), content
 
 
 def _layer_file(layer: Layer, file: Path) -> TargetFile:

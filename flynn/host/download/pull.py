@@ -57,10 +57,10 @@ class Places:
 def wanted_version(repository: TrustedRepository, *, version: str, channel: str) -> str:
     """Return the version asked for, else the one the channel points at. Raises `DownloadFailed`."""
     if version:
-        return _checked(version)
+        return checked_version(version)
     if not is_channel_name(channel or STABLE):
         raise DownloadFailed(f"{channel!r} cannot name a channel")
-    return _checked(repository.read(channel_target(channel or STABLE)).decode("ascii", "replace").strip())
+    return checked_version(repository.read(channel_target(channel or STABLE)).decode("ascii", "replace").strip())
 
 
 def pull(repository: TrustedRepository, version: str, places: Places, tell: Callable[[Pulled], None]) -> Path:
@@ -107,9 +107,9 @@ def pull(repository: TrustedRepository, version: str, places: Places, tell: Call
 
 def read_images(repository: TrustedRepository, version: str) -> dict[str, Artifact]:
     """Return the artifacts of a release, their addresses made absolute."""
-    name = images_target(_checked(version))
+    name = images_target(checked_version(version))
     try:
-        images = decode(_unpacked(repository.read(name)), dict[str, Artifact])
+        images = decode(unpacked(repository.read(name)), dict[str, Artifact])
     except (ApiError, zlib.error, OSError, EOFError) as error:
         raise Refused(Reason.MALFORMED, name, str(error)) from error
     return {
@@ -122,8 +122,8 @@ def read_images(repository: TrustedRepository, version: str) -> dict[str, Artifa
     }
 
 
-def _checked(version: str) -> str:
-    """Versions become file names."""
+def checked_version(version: str) -> str:
+    """Return what is a version: it becomes a file name. Raises `NotReleased`."""
     if release_version(version) is None or "/" in version:
         raise NotReleased(f"{version!r} is no version: expected vYYYYMMDD.N")
     return version
@@ -164,7 +164,7 @@ def _have_layer(
     tell(Pulled(name=name, type="layer", layer=builtins(layer), state=state))
 
 
-def _unpacked(content: bytes) -> bytes:
+def unpacked(content: bytes) -> bytes:
     """Unpack gzip, up to a limit: a few bytes can stand for very many."""
     unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     unpacked = unpacker.decompress(content, MAX_SMALL_BYTES)

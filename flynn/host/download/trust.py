@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,12 @@ class TrustedRepository:
                     self._fill(part, target, anew=True)  # the beginning may have been from somewhere else
                 part.rename(into)
                 lock.unlink(missing_ok=True)  # who waits for it verifies what he downloads, too
+
+    def fetch_beside(self, name: str) -> Path:
+        """Download a file to a place of its own, from where the caller takes it to another file system."""
+        into = self._state / "parts" / f"fetched-{os.getpid()}-{threading.get_ident()}"
+        self.fetch(name, into)
+        return into
 
     def sweep(self) -> None:
         """Remove beginnings of downloads that nobody has gone on with."""
