@@ -12,6 +12,7 @@ from typing import Any
 
 from tuf.api.metadata import Metadata
 
+from flynn.host.download.program import own_kind
 from flynn.images.keys import KeyRing
 from flynn.images.release import Published, release
 from flynn.images.repository import Lifetimes, RootPolicy, SignedRepository
@@ -33,6 +34,7 @@ class Publisher:
         self._lifetimes = lifetimes
         self.protect("")
         self.said: list[str] = []
+        self.python = own_kind()
 
     def protect(self, passphrase: str) -> None:
         """Use this passphrase for the offline keys from now on."""
@@ -74,7 +76,7 @@ class Publisher:
         self.image("router", [base, self.layer(f"code-{code.decode()}", code)])
         self.image("controller", [base])
 
-    def release(self, version: str = "", channel: str = "stable") -> Published:
+    def release(self, version: str = "", channel: str = "stable", wheels: Path | None = None) -> Published:
         return release(
             self.repository,
             images=self.images,
@@ -84,6 +86,8 @@ class Publisher:
             today=self.now.date(),
             policy=self.policy,
             say=self.said.append,
+            wheels=wheels,
+            python=self.python,
         )
 
     def renew(self, within: timedelta = timedelta(0)) -> list[str]:

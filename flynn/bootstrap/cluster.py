@@ -123,6 +123,10 @@ class Cluster:
             self._controller = Controller(http)
         return self._controller
 
+    def forget_controller(self) -> None:
+        """Look the controller up again at the next call: the instance that was talked to may have been replaced."""
+        self._controller = None
+
     async def client_of(self, url: str, within: timedelta, *, host_header: str = "") -> tuple[HttpClient, str]:
         """A client for the server of `url`, and the path to ask for. `.discoverd` names are looked up first."""
         split = urlsplit(url)

@@ -33,7 +33,7 @@ def download(
     from flynn.host.download.trust import ROOT_FILE, TrustedRepository
 
     state, config = Path(state_dir).absolute(), Path(config_dir).absolute()
-    repository = repository or _setting(config / "repository.txt")
+    repository = repository or setting(config / "repository.txt")
     if not repository:
         raise click.UsageError(f"which repository? Give -r, or write it to {config}/repository.txt")
     fetched: list[int] = []
@@ -53,7 +53,7 @@ def download(
         try:
             if root:
                 source.trust(Path(root))
-            wanted = wanted_version(source, version=version, channel=channel or _setting(config / "channel.txt"))
+            wanted = wanted_version(source, version=version, channel=channel or setting(config / "channel.txt"))
             images = pull(source, wanted, Places(state / "layers", config), tell)
         finally:
             source.cut()
@@ -68,7 +68,7 @@ def download(
         click.echo(str(images))
 
 
-def _setting(file: Path) -> str:
+def setting(file: Path) -> str:
     try:
         return file.read_text().strip()
     except FileNotFoundError:

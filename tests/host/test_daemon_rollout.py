@@ -1,0 +1,151 @@
+"""A release with a program in it is brought onto a host and takes its daemon's place: real daemon, real pip."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flynn.types.errors import ApiError
+from flynn.types.host import JobStatus, Mountspec
+from tests.publisher import Publisher
+
+from .machine import BIN, TestMachine, eventually
+from .test_daemon_jobs import job
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+OLD, NEW, BROKEN = "v20260801.0", "v20260802.0", "v20260803.0"
+
+
+FAILS_IN_EARNEST = "import os; 'FLYNN_HOST_HANDOVER' in os.environ and os.environ.update(FLYNN_CONFIG_DIR='/x')"
+
+
+class Maker(Publisher):
+    """Releases programs that are this one, by way of its environment: the wheels need not carry all the libraries."""
+
+    def program(self, version: str, *, broken: str = "") -> None:
+        wheels = self.home / f"wheels-{version}"
+        wheels.mkdir()
+        main = f"import site; site.addsitedir({str(_site_packages())!r})\n"
+        main += f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        main += "def flynn_host():\n"
+        main += f"    {broken or 'pass'}\n"
+        main += "    from flynn.host.main import main\n    main()\n"
+        main += "def flynn():\n    from flynn.cli.main import main\n    main()\n"
+        info = f"flynn-{version[1:]}.dist-info"
+        with zipfile.ZipFile(wheels / f"flynn-{version[1:]}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("of_the_release.py", main)
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: flynn\nVersion: {version[1:]}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            commands = "flynn-host = of_the_release:flynn_host\nflynn = of_the_release:flynn\n"
+            wheel.writestr(f"{info}/entry_points.txt", f"[console_scripts]\n{commands}")
+            wheel.writestr(f"{info}/RECORD", "")
+        self.release(version, wheels=wheels)
+
+
+def _site_packages() -> Path:
+    return next(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
+
+
+@pytest.fixture
+def maker(tmp_path: Path, layer_file: Path) -> Maker:
+    made = Maker(tmp_path)
+    made.image("shell", [made.layer(f"shell-{tmp_path.name}", layer_file.read_bytes())])
+    return made
+
+
+@pytest.fixture
+def node(image: Mountspec, tmp_path: Path, maker: Maker) -> Iterator[TestMachine]:
+    """A node whose daemon is called by a link, and that trusts the maker."""
+    node = TestMachine(tmp_path / "node", image, number=7)
+    node.directory.mkdir()
+    links = node.directory / "bin"
+    links.mkdir()
+    for name in ("flynn-host", "flynn"):
+        (links / name).symlink_to(BIN / name)
+    (links / "own").symlink_to("/bin/true")
+    try:
+        node.plug_in()
+        maker.program(OLD)
+        shutil.copy(maker.root, node.config / "tuf-root.json")
+        (node.config / "repository.txt").write_text(f"{maker.out}\n")
+        node.start("--bin-dir", str(links), "--program-dir", str(node.directory / "programs"), "--tags", "disk=ssd")
+        yield node
+    finally:
+        node.remove()
+
+
+def links(node: TestMachine) -> dict[str, str]:
+    return {path.name: os.readlink(path) for path in (node.directory / "bin").iterdir()}
+
+
+async def test_a_release_takes_the_place_of_a_daemon_by_one_command(
+    node: TestMachine, image: Mountspec, maker: Maker
+) -> None:
+    wanted = job(image, "echo up; sleep 1000")
+    async with node.client() as host:
+        await node.configure(host)
+        await host.add_job(wanted)
+        await eventually(lambda: _runs(host, wanted.id))
+        first, before = await host.job(wanted.id), await host.status()
+
+        maker.program(NEW)
+        done = node.tool("update", "--hosts-only", "--json")
+        steps = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [(step["host"], step["step"]) for step in steps] == [
+            ("node1", "images"), ("node1", "program"), ("node1", "daemon"),
+        ]  # fmt: skip
+        assert (steps[2]["was"], steps[2]["version"], steps[2]["jobs"]) == ("dev", NEW, 1)
+        after = await host.status()
+        assert (after.version, after.pid, after.tags, after.flags) == (NEW, before.pid, before.tags, before.flags)
+        assert ((await host.job(wanted.id)).status, (await host.job(wanted.id)).pid) == (JobStatus.RUNNING, first.pid)
+        programs = node.directory / "programs" / NEW / "bin"
+        assert links(node) == {
+            "flynn-host": str(programs / "flynn-host"), "flynn": str(programs / "flynn"), "own": "/bin/true",
+        }  # fmt: skip
+        said = await asyncio.to_thread(subprocess.check_output, [programs / "flynn-host", "version"], text=True)
+        assert said.strip() == NEW
+
+        # A second time nothing is to be done.
+        again = node.tool("update", "--hosts-only")
+        assert f"node1: is at {NEW} already" in again.stderr
+
+        # One that does not run is refused while nothing has happened; the release after it is taken.
+        maker.program(BROKEN, broken="raise SystemExit('broken')")
+        with pytest.raises(ApiError, match="broken"):
+            await host.pull_program(str(maker.out), BROKEN)
+        failed = node.tool("update", "--hosts-only", "--json", check=False)
+        assert failed.returncode == 1 and "broken" in json.loads(failed.stdout.splitlines()[-1])["error"]
+        assert (await host.status()).version == NEW and links(node)["flynn-host"] == str(programs / "flynn-host")
+
+        # One that does not become ready gives way, and the links stay.
+        last = "v20260804.0"
+        maker.program(last, broken=FAILS_IN_EARNEST)
+        failed = node.tool("update", "--hosts-only", check=False)
+        assert failed.returncode == 1 and "gave way to the one before" in failed.stderr
+        assert (await host.status()).version == NEW and links(node)["flynn-host"] == str(programs / "flynn-host")
+        assert (await host.job(wanted.id)).pid == first.pid
+        await host.stop_job(wanted.id)
+
+
+async def test_a_program_is_for_one_kind_of_machine(node: TestMachine, maker: Maker) -> None:
+    maker.python = "cp399-plan9"
+    maker.program(NEW)
+    async with node.client() as host:
+        with pytest.raises(ApiError, match=r"is for cp399-plan9, this machine has cp3"):
+            await host.pull_program(str(maker.out), NEW)
+        with pytest.raises(ApiError, match=r"has not signed any v20260809\.0/program"):
+            await host.pull_program(str(maker.out), "v20260809.0")
+
+
+async def _runs(host: object, job_id: str) -> bool:
+    return (await host.job(job_id)).status is JobStatus.RUNNING  # type: ignore[attr-defined]
