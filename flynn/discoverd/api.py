@@ -101,6 +101,7 @@ class DiscoverdApi:
             ("PUT", "/services/{service}/leader", self._choose_leader),
         ]
         membership = [
+            ("DELETE", "/jobs/{job}/instances", self._forget_job),
             ("PUT", "/raft/peers/{peer:.*}", self._add_peer),
             ("DELETE", "/raft/peers/{peer:.*}", self._remove_peer),
         ]
@@ -158,6 +159,9 @@ class DiscoverdApi:
 
     async def _remove_instance(self, request: Request) -> None:
         await self.directory.remove_instance(request.path("service"), request.path("id"))
+
+    async def _forget_job(self, request: Request) -> None:
+        await self.directory.forget_job(request.path("job"))
 
     async def _leader(self, request: Request) -> Instance | EventStream:
         name = request.path("service")

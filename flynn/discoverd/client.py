@@ -139,6 +139,12 @@ class Discoverd:
         except NotFound:
             return
 
+    async def forget_job(self, job_id: str) -> None:
+        try:
+            await self._call(lambda http: http.delete(f"/jobs/{job_id}/instances"))
+        except NotFound:
+            return  # a discoverd from before there was such a thing
+
     @asynccontextmanager
     async def registered(
         self, service: str, instance: Instance, *, leader_type: LeaderType = LeaderType.OLDEST

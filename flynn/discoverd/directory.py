@@ -147,6 +147,12 @@ class LiveDirectory:
     async def remove_instance(self, name: str, instance_id: str) -> None:
         await self._commit(store.RemoveInstance(name, instance_id))
 
+    async def forget_job(self, job_id: str) -> None:
+        """Remove the instances of a job that is known to have ended, without waiting for its silence."""
+        if gone := store.registrations_of(self.state, job_id):
+            log.info("job ended", extra={"job": job_id, "instances": len(gone)})
+            await self._commit(store.Expire(gone))
+
     async def _commit(self, command: store.Command) -> store.Directory:
         try:
             raw = store.encode_command(command)

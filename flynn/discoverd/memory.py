@@ -80,6 +80,9 @@ class MemoryRegistry:
         except NotFound:
             return
 
+    async def forget_job(self, job_id: str) -> None:
+        self._apply(store.Expire(store.registrations_of(self.state, job_id)))
+
     @asynccontextmanager
     async def registered(
         self, service: str, instance: Instance, *, leader_type: LeaderType = LeaderType.OLDEST

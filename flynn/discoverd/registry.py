@@ -56,6 +56,9 @@ class Registry(Protocol):
 
     async def deregister(self, service: str, instance_id: str) -> None: ...
 
+    async def forget_job(self, job_id: str) -> None:
+        """Remove every instance whose metadata name this job (`FLYNN_JOB_ID`), for a host whose job has ended."""
+
     def registered(
         self, service: str, instance: Instance, *, leader_type: LeaderType = LeaderType.OLDEST
     ) -> AbstractAsyncContextManager[Registration]:

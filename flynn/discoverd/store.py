@@ -85,6 +85,9 @@ class RemoveInstance(msgspec.Struct, frozen=True, tag="remove_instance"):
     instance_id: str
 
 
+JOB_META = "FLYNN_JOB_ID"
+
+
 class Expired(msgspec.Struct, frozen=True):
     service: str
     instance_id: str
@@ -133,6 +136,16 @@ def apply(state: Directory, index: int, command: Command) -> Applied:
             return _drop(state, index, [(name, gone_id)])
         case Expire(registrations):
             return _drop(state, index, [(r.service, r.instance_id) for r in registrations if _is_registered(state, r)])
+
+
+def registrations_of(state: Directory, job_id: str) -> list[Expired]:
+    """What a job has registered, as far as it said who it is."""
+    return [
+        Expired(name, instance.id, instance.index)
+        for name, service in state.services.items()
+        for instance in service.instances.values()
+        if instance.meta.get(JOB_META) == job_id
+    ]
 
 
 def skip(state: Directory, index: int) -> Directory:

@@ -41,6 +41,7 @@ from flynn.host.runner import JobRunner
 from flynn.host.runtime.layers import LayerMounts
 from flynn.host.runtime.runtime import Runtime
 from flynn.host.runtime.scratch import ScratchPool
+from flynn.host.services.departures import Departures
 from flynn.host.state import StateInUse, StateStore
 from flynn.host.supervision import Machine
 from flynn.host.update import Update
@@ -133,6 +134,7 @@ async def running(config: Config, update: Update) -> AsyncIterator[None]:
             volumes=volumes,
             network=network,
             discovery=discovery,
+            departures=Departures(discovery, tasks),
             certificates=certificates,
             logs=logs,
             live=live,

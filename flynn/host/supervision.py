@@ -49,6 +49,7 @@ from flynn.host.runtime.layers import LayerError, LayerMounts
 from flynn.host.runtime.runtime import KILLED, Container, ContainerError, Exit, NotRunning, Runtime, State
 from flynn.host.runtime.scratch import ScratchPool
 from flynn.host.runtime.spec import Device, Network
+from flynn.host.services.departures import Departures
 from flynn.host.services.registration import JobServices
 from flynn.host.volumes import mounts
 from flynn.host.volumes.book import VolumeBook
@@ -100,6 +101,7 @@ class Machine:
     volumes: VolumeBook
     network: NodeNetwork
     discovery: Discovery
+    departures: Departures
     certificates: JobCertificates
     logs: LogDirectory
     live: LiveJobs
@@ -447,6 +449,7 @@ class JobRun:
         else:
             await book.apply(self._id, end)
         steps.reach("end-recorded")
+        self._machine.departures.job_ended(self._job.job)
         await self._clean_up()
 
     async def _clean_up(self) -> None:

@@ -60,6 +60,22 @@ async def test_instances_come_in_order_of_registration(registry: Registry) -> No
     await registry.deregister("nowhere", B.id)
 
 
+async def test_what_a_job_registered_is_forgotten_with_it(registry: Registry) -> None:
+    ended = Instance.at("10.0.0.3:80", "http", {"FLYNN_JOB_ID": "host-ended"})
+    goes_on = Instance.at("10.0.0.4:80", "http", {"FLYNN_JOB_ID": "host-goes-on"})
+    for service in ("web", "api"):
+        await registry.create(service)
+        await registry.register(service, ended)
+    await registry.register("web", goes_on)
+    await registry.register("web", A)
+    await registry.forget_job("host-ended")
+    await registry.forget_job("nobody's")
+    assert await registry.instances("api") == []
+    assert [one.id for one in await registry.instances("web")] == [goes_on.id, A.id]
+    leader = await registry.leader("web")
+    assert leader is not None and leader.id == goes_on.id
+
+
 async def test_registering_needs_the_service_and_a_sound_instance(registry: Registry) -> None:
     with pytest.raises(NotFound):
         await registry.register("web", A)

@@ -9,13 +9,16 @@ from typing import cast
 
 import pytest
 
+from flynn.aio.supervisor import TaskSet
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.host.discovery import Discovery
 from flynn.host.services import probe
+from flynn.host.services.departures import Departures
 from flynn.host.services.health import Check
 from flynn.host.services.registration import JobServices
-from flynn.types.codec import Nanoseconds
+from flynn.types.codec import Nanoseconds, replace
 from flynn.types.host import ContainerConfig, HostJob
+from flynn.types.instance import Instance
 from flynn.types.release import HealthCheck, Port, Service
 
 FAST = Nanoseconds(10_000_000)
@@ -141,3 +144,19 @@ async def test_probes(check: HealthCheck, outcome: bool) -> None:
 
 async def test_nobody_there_is_a_failure_not_an_error() -> None:
     assert await probe.succeeds(Check.of(HealthCheck(type="tcp")), "127.0.0.1", 1) is False
+
+
+async def test_what_a_system_job_registered_itself_is_taken_out_when_it_has_ended() -> None:
+    known = Known()
+    instance = Instance.at("192.0.2.1:80", "https", {"FLYNN_JOB_ID": "h-1"})
+    await known.registry.create("status-web")
+    await known.registry.register("status-web", instance)
+    system = replace(job(80, None), metadata={"flynn-system-app": "true"})
+    async with asyncio.timeout(10), TaskSet() as tasks:
+        departures = Departures(cast(Discovery, known), tasks)
+        departures.job_ended(job(80, None))  # a user's job: the host keeps its registration itself
+        assert len(tasks) == 0
+        departures.job_ended(system)
+        while len(tasks):
+            await asyncio.sleep(0)
+    assert await known.registry.instances("status-web") == []
