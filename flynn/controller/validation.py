@@ -24,6 +24,7 @@ MAX_PROCESSES = 10_000  # of one type; nobody means more, and a typing error sho
 
 ARTIFACT_TYPES = ("docker", "file", "flynn")
 PARTITIONS = ("background", "system", "user")
+SMALLEST_VOLUME, LARGEST_VOLUME = 1 << 20, (1 << 63) - 1
 PROTOCOLS = ("tcp", "udp")
 VOLUME_TYPES = ("data", "squashfs", "ext2")
 VOLUME_STATES = ("pending", "created", "destroyed")
@@ -141,6 +142,8 @@ def _normalized_process(name: str, process: ProcessType) -> ProcessType:
     for volume in process.volumes:
         if not volume.path.startswith("/"):
             raise ValidationError("processes", f"the volume path {volume.path!r} of {name} must be absolute")
+        if volume.size and not SMALLEST_VOLUME <= volume.size <= LARGEST_VOLUME:
+            raise ValidationError("processes", f"the volume {volume.path} of {name} cannot hold {volume.size} bytes")
     return replace(process, args=args, resources=with_defaults(process.resources))
 
 

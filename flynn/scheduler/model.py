@@ -225,6 +225,7 @@ class Volume:
     type: str
     path: str
     delete_on_stop: bool = False
+    size: int = 0  # bytes it is limited to when it is made; 0 = not by us
     state: VolumeState = VolumeState.PENDING
     job: JobID | None = None
     decommissioned: bool = False

@@ -187,6 +187,7 @@ def _bind(
                 type=type,
                 path=request.path,
                 delete_on_stop=request.delete_on_stop,
+                size=request.size,
                 job=job,
             )
         )

@@ -30,8 +30,8 @@ from flynn.types.host import (
     VolumeBinding,
 )
 from flynn.types.job import Job as WireJob
+from flynn.types.volume import META_QUOTA, META_SNAPSHOT_OF, VolumeInfo, VolumeRequest
 from flynn.types.volume import Volume as WireVolume
-from flynn.types.volume import VolumeInfo, VolumeRequest
 
 META_PATH = "flynn-controller.path"
 META_DELETE_ON_STOP = "flynn-controller.delete_on_stop"
@@ -136,8 +136,8 @@ def host_job(job: Job, formation: Formation, volumes: tuple[Volume, ...]) -> Hos
 
 
 def volume_of_host(host: HostID, info: VolumeInfo) -> Volume | None:
-    """None for volumes that no app owns."""
-    if META_APP not in info.meta:
+    """None for volumes that no app owns, and for snapshots: nobody can write to them."""
+    if META_APP not in info.meta or META_SNAPSHOT_OF in info.meta:
         return None
     return Volume(
         id=VolumeID(info.id),
@@ -181,7 +181,8 @@ def volume_meta(volume: Volume) -> dict[str, str]:
 
 
 def volume_request(volume: Volume) -> VolumeRequest:
-    return VolumeRequest(id=volume.id, type="data", meta=volume_meta(volume))
+    limit = {META_QUOTA: str(volume.size)} if volume.size else {}
+    return VolumeRequest(id=volume.id, type="data", meta={**volume_meta(volume), **limit})
 
 
 def volume(volume: Volume) -> WireVolume:

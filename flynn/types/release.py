@@ -37,6 +37,7 @@ class Port(Wire):
 class VolumeReq(Wire):
     path: str = ""
     delete_on_stop: bool = False
+    size: int = 0  # bytes it may hold at most; 0 = what the host gives. Absent from the original's releases
 
 
 class Mount(Wire):

@@ -59,6 +59,11 @@ async def test_lists_are_newest_first_and_by_app(controller: Controller, shop: S
         pytest.param({"env": {"": "x"}}, 'tried to set ""="x"', id="variable without a name"),
         pytest.param({"processes": {"web": ProcessType(ports=[Port(port=70000, proto="tcp")])}}, "port", id="port"),
         pytest.param({"processes": {"web": ProcessType(ports=[Port(port=80, proto="icmp")])}}, "icmp", id="protocol"),
+        pytest.param(
+            {"processes": {"db": ProcessType(volumes=[VolumeReq(path="/data", size=1000)])}},
+            "cannot hold 1000 bytes",
+            id="a volume too small for a file system",
+        ),
         pytest.param({"env": {"A": "a\0b"}}, "env", id="NUL in a value"),
         pytest.param({"meta": {"a": "\0"}}, "validation_error", id="NUL in the metadata"),
     ],

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pytest import param
 
+from flynn.scheduler import wire
 from flynn.scheduler.model import Formation, Host, HostID, HostPort, JobID, Volume, VolumeID, VolumeState
 from flynn.scheduler.placement import HOST_DOWN, NO_HOSTS, NO_MATCH, Chosen, Needs, Refused, place, rotated, spread
 from flynn.types.app import App
 from flynn.types.release import ProcessType, Release, VolumeReq
+from flynn.types.volume import VolumeInfo
 
 A, B, C = Host(HostID("a")), Host(HostID("b"), {"disk": "ssd"}), Host(HostID("c"), {"disk": "ssd", "zone": "1"})
 
@@ -117,7 +119,9 @@ TestBalance = Balance.TestCase
 WAITS_FOR_B = f"{HOST_DOWN}: its volume is on b"
 DATABASE = Formation(
     app=App(id="app", name="db"),
-    release=Release(id="rel", processes={"db": ProcessType(volumes=[VolumeReq(path="/data"), VolumeReq(path="/wal")])}),
+    release=Release(
+        id="rel", processes={"db": ProcessType(volumes=[VolumeReq(path="/data"), VolumeReq(path="/wal", size=5 << 30)])}
+    ),
     wanted={"db": 1},
 )
 
@@ -184,3 +188,17 @@ def test_a_volume_on_a_host_that_lost_its_tags_blocks_the_job() -> None:
         new_volume_id=lambda: VolumeID("n"),
     )
     assert verdict == Refused(NO_MATCH)
+
+
+def test_a_new_volume_is_as_large_as_its_release_asks() -> None:
+    chosen = placed([], [A])
+    assert isinstance(chosen, Chosen)
+    quotas = [wire.volume_request(made).meta.get("flynn.quota") for made in chosen.volumes]
+    assert quotas == [None, str(5 << 30)]
+
+
+def test_a_snapshot_of_an_apps_volume_is_not_a_volume_for_its_jobs() -> None:
+    meta = {"flynn-controller.app": "app", "flynn-controller.path": "/data"}
+    assert wire.volume_of_host(HostID("a"), VolumeInfo(id="v", meta=meta)) is not None
+    frozen = VolumeInfo(id="s", meta={**meta, "flynn.snapshot-of": "v"})
+    assert wire.volume_of_host(HostID("a"), frozen) is None

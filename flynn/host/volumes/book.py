@@ -369,8 +369,8 @@ class VolumeBook:
         """
         snapshot = self._snapshot(snapshot_id, "cloned")
         volume_id, quota = self._named(request), self._quota(request.meta)
-        meta = {key: value for key, value in snapshot.info.meta.items() if key != META_SNAPSHOT_OF}
-        meta |= {**request.meta, META_CLONE_OF: snapshot_id}
+        # Not what the snapshot's volume says of itself: a clone is no app's until its maker says so.
+        meta = {**request.meta, META_CLONE_OF: snapshot_id}
         async with self._lock(volume_id):
             if volume_id in self._volumes:
                 raise ObjectExists(f'volume "{volume_id}" exists')
