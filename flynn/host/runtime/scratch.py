@@ -1,9 +1,13 @@
-"""Write layers of limited size: sparse ext4 files mounted by loop, some of them ready before they are asked for."""
+"""Write layers of limited size: sparse ext4 files mounted by loop, some of them ready before they are asked for.
+
+A size is formatted once; after that an empty file system of it is a handful of blocks, written to where they belong.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -17,9 +21,14 @@ from flynn.host.runtime import loop
 
 DEFAULT_BYTES = 100 << 20
 _MINIMUM_BYTES = 8 << 20  # below, ext4 has hardly room for itself
+_BLANK_BYTES = 4 << 20  # 50 KiB are usual for 100 MiB; much more is not what we think it is
 _SIZES_KEPT = 4  # so many sizes wanted lately are kept ready
 #: No journal and no reserved blocks: the content is thrown away with the job, a crash of the machine included.
 _FORMAT = ("mkfs.ext4", "-q", "-F", "-m0", "-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard")
+
+
+Blank = tuple[tuple[int, bytes], ...]
+"""An empty file system: offsets, and what is there. The rest of the file is a hole."""
 
 
 class ScratchError(Exception):
@@ -27,8 +36,8 @@ class ScratchError(Exception):
 
 
 class ScratchPool:
-    """Scratch file systems below `directory`. Formatting and mounting cost about 25 ms, so `ready` of each size wanted
-    lately (and of the default size) wait mounted; refilling happens in the background.
+    """Scratch file systems below `directory`. Making one takes some milliseconds, so `ready` of each size wanted lately
+    (and of the default size) wait mounted; refilling happens in the background.
 
         async with ScratchPool(directory) as pool:
             writable = await pool.take(size_bytes)    # for RootFS.writable
@@ -44,6 +53,7 @@ class ScratchPool:
         self._sizes: deque[int] = deque([DEFAULT_BYTES], maxlen=_SIZES_KEPT)  # most recently wanted first
         self._used: set[Path] = set()
         self._making: set[Path] = set()
+        self._blanks: dict[int, Blank] = {}  # of the sizes wanted lately
         self._short = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -105,6 +115,8 @@ class ScratchPool:
                         self._ready[size].append(await self._make(size))
                     except ScratchError:  # whoever takes next gets the error itself; try again when someone does
                         break
+            for size in set(self._blanks) - set(self._sizes):
+                self._blanks.pop(size, None)
             for size in set(self._ready) - set(self._sizes):
                 for path in self._ready.pop(size):
                     await asyncio.to_thread(_remove, path)
@@ -112,7 +124,7 @@ class ScratchPool:
     async def _make(self, size: int) -> Path:
         path = self._directory / uuid.uuid4().hex[:16] / "fs"
         self._making.add(path)
-        work = asyncio.get_running_loop().run_in_executor(None, _make, path, size)
+        work = asyncio.get_running_loop().run_in_executor(None, _make, path, size, self._blanks)
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -127,18 +139,46 @@ class ScratchPool:
         return path
 
 
-def _make(path: Path, size: int) -> None:
+def _make(path: Path, size: int, blanks: dict[int, Blank]) -> None:
     path.mkdir(parents=True)
     image = path.parent / "image"
     fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.truncate(fd, size)
+        blank = blanks.get(size)
+        if blank is not None:
+            for offset, content in blank:
+                if os.pwrite(fd, content, offset) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(image))
+        else:
+            subprocess.run([*_FORMAT, str(image)], check=True, stdout=subprocess.DEVNULL, timeout=60)
+            formatted = _content(fd, size)
+            if formatted is not None:
+                blanks[size] = formatted
     finally:
         os.close(fd)
-    subprocess.run([*_FORMAT, str(image)], check=True, stdout=subprocess.DEVNULL, timeout=60)
     steps.reach("scratch-formatted")
     loop.mount_image(image, path, "ext4", read_only=False)
     (path / "lost+found").rmdir()
+
+
+def _content(fd: int, size: int) -> Blank | None:
+    """Read what a sparse file holds; None where a file system does not know holes, or if it is too much to keep."""
+    found: list[tuple[int, bytes]] = []
+    position = total = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole behind
+                break
+            return None
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        total += position - start
+        if total > _BLANK_BYTES:
+            return None
+        found.append((start, os.pread(fd, position - start, start)))
+    return tuple(found)
 
 
 def _remove(path: Path) -> None:
