@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -197,6 +198,26 @@ async def test_a_scheduler_that_does_nothing_lets_it_time_out(
     scheduler.go.clear()
     async with working(conninfo):
         with pytest.raises(DeploymentFailed, match=r"timed out waiting for scale to complete \(waited 1 seconds\)"):
+            await controller.deploy("shop", running.id, timeout=timedelta(seconds=20))
+
+
+async def test_one_that_times_out_says_what_its_jobs_wait_for(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    await controller.update_app("shop", AppUpdate(deploy_timeout=1))
+    scheduler.go.clear()
+    await controller.put_job(
+        Job(
+            uuid=str(uuid.uuid4()),
+            app=shop.app.id,
+            release=running.id,
+            type="web",
+            state="blocked",
+            reason="no hosts found matching job tags",
+        )
+    )
+    async with working(conninfo):
+        with pytest.raises(DeploymentFailed, match=r"1 seconds\); web is blocked: no hosts found matching job tags$"):
             await controller.deploy("shop", running.id, timeout=timedelta(seconds=20))
 
 

@@ -103,6 +103,15 @@ class JobStore:
             (request.app, request.release, list(types), request.created_at, limit),
         )
 
+    async def waiting(self, app_id: str, release_id: str) -> list[Job]:
+        """Return the jobs of a release that have not started yet and for which the scheduler says why, oldest first."""
+        return await self._database.all(
+            Job,
+            f"SELECT {COLUMNS} FROM job_cache WHERE app_id = %s AND release_id = %s AND state IN ('pending', 'blocked')"
+            " AND reason IS NOT NULL ORDER BY created_at, job_id",
+            (app_id, release_id),
+        )
+
     async def active(self) -> list[Job]:
         """Return the jobs of all apps that run or are about to, most recently changed first."""
         return await self._database.all(

@@ -347,7 +347,14 @@ class ScaleWatch:
         except TimeoutError:
             waited = limit.total_seconds()
             text = f"timed out waiting for scale to complete (waited {waited:g} seconds)"
-            raise DeploymentError(text) from None
+            raise DeploymentError(text + await self._what_is_waited_for()) from None
+
+    async def _what_is_waited_for(self) -> str:
+        try:
+            waiting = await self._stores.jobs.waiting(self._app_id, self._release_id)
+        except ServiceUnavailable:
+            return ""
+        return "".join(f"; {job.type} is {job.state}: {job.reason}" for job in waiting[:1])
 
     async def _reached(self, request: ScaleRequest) -> bool:
         """Look where things stand. A database that is away may be the very thing that is being replaced."""
