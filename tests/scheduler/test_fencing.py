@@ -14,8 +14,9 @@ from tests.scheduler.test_simulation import START, Simulation
 class Divided(Simulation):
     """Hosts that know terms, and a directory that may not reach every scheduler."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed, hosts=3, trouble=0)
+    def __init__(self, seed: int, trouble: float = 0) -> None:
+        super().__init__(seed, hosts=3, trouble=trouble)
+        self.elections = 0
         self.fences = {host: Fence() for host in self.hosts}
         self.terms = [0, 0]
         self.obeyed: list[int] = []  # which scheduler a start or stop that took effect came from
@@ -23,11 +24,28 @@ class Divided(Simulation):
 
     def elect(self, n: int) -> None:
         """The directory has the scheduler for the leader, and tells only this one."""
-        self.terms[n] = max(self.terms) + 10
+        self.elections += 1
+        self.terms[n] = self.elections * 10
         self.leader = n
         self.step(n, LeadershipChanged(True))
 
+    def lead(self, n: int) -> None:
+        """Another election; now and then the other one does not hear of it for a while."""
+        if n == self.leader:
+            return
+        self.elect(n)
+        other = 1 - n
+
+        def hears() -> None:
+            if self.leader == n:
+                self.terms[other] = 0
+                self.step(other, LeadershipChanged(False))
+
+        self.at(self.random.choice([0, 0, 20, 90]), hears)
+
     def _admitted(self, n: int, host: HostID) -> bool:
+        if not self.terms[n]:
+            return True  # who does not lead may look
         try:
             self.fences[host].admit(self.terms[n], (self.now - START).total_seconds())
         except PreconditionFailed:
@@ -129,3 +147,17 @@ def test_a_fence_forgets_a_leader_that_is_silent() -> None:
     with pytest.raises(PreconditionFailed):
         fence.admit(2, 10 + MEMORY_SECONDS)
     fence.admit(21, 10 + MEMORY_SECONDS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_while_two_believe_that_they_lead_all_is_well_when_they_have_heard(seed: int) -> None:
+    simulation = Divided(seed, trouble=0.2)
+    for host in simulation.hosts.values():
+        simulation.return_host(host)
+    simulation.scale("shop", {"web": 2, "worker": 3, "agent": 1, "db": 1})
+    simulation.run(1)
+    simulation.lead(0)
+    simulation.storm(600)
+    simulation.clear_up()
+    simulation.check()
+    assert [bool(engine.leader) for engine in simulation.engines].count(True) == 1

@@ -365,7 +365,10 @@ class Simulation:
         hosts = list(engine.world.hosts.values())
         for key, formation in engine.world.formations.items():
             targets = formation.targets(hosts)
-            surplus = Counter(job.type for job in engine.world.jobs_of(key) if job.type and job.state.counts)
+            present = [job for job in engine.world.jobs_of(key) if job.state.counts]
+            writers = Counter(id for job in present for id in job.volumes)
+            assert max(writers.values(), default=0) <= 1, f"{key}: {writers} write to one volume"
+            surplus = Counter(job.type for job in present if job.type)
             surplus.subtract(targets)
             assert max(surplus.values(), default=0) <= 1, f"{key}: {surplus} more than wanted"
             assert sum(count for count in surplus.values() if count > 0) <= 1, f"{key}: {surplus} more than wanted"
