@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from flynn.host.logs.record import Record
+from flynn.host.template import Template, TemplateError
 from flynn.types.codec import Json, Wire, convert
 from flynn.types.errors import ValidationError
 from flynn.types.host import META_APP_NAME, HostJob
 
 DEFAULT_PORT = 514
 FORMATS = ("rfc6587", "newline", "prefixed_newline")
-_ACTION = re.compile(r"\{\{-?\s*(.*?)\s*-?\}\}", re.DOTALL)
-_INDEX = re.compile(r'index\s+\.(Metadata|Config\.Env)\s+"([^"]*)"')
 
 
 class SyslogConfig(Wire):
@@ -60,21 +59,16 @@ def read(config: Json) -> tuple[SyslogConfig, Target]:
 
 
 def prefix(template: str, job: HostJob) -> str:
-    """Evaluate a template: text with `{{.ID}}`, `{{index .Metadata "key"}}` and `{{index .Config.Env "key"}}`.
+    """Evaluate a template over a job. Raises `ValidationError`."""
+    try:
+        return _read(template).render(job)
+    except TemplateError as error:
+        raise ValidationError("template", f"cannot be evaluated: {error}") from error
 
-    That is the part of Go's template language sinks are made of in practice; anything else is refused.
-    """
 
-    def value(action: re.Match[str]) -> str:
-        text = action.group(1)
-        if text == ".ID":
-            return job.id
-        found = _INDEX.fullmatch(text)
-        if found is None:
-            raise ValidationError("template", f"cannot be evaluated here: {{{{{text}}}}}")
-        return (job.metadata if found.group(1) == "Metadata" else job.config.env).get(found.group(2), "")
-
-    return _ACTION.sub(value, template)
+@functools.lru_cache(maxsize=64)
+def _read(template: str) -> Template:
+    return Template(template)
 
 
 def line(record: Record, config: SyslogConfig, find: FindJob) -> bytes:
