@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from flynn.host.update import Update
 
 COMMANDS = {
+    "cli-add-command": "flynn.host.cli.find:cli_add_command",
+    "discover": "flynn.host.cli.find:discover",
+    "fix": "flynn.host.cli.fix:fix",
     "bootstrap": "flynn.host.cli.setup:bootstrap",
     "collect-debug-info": "flynn.host.cli.debug:collect_debug_info",
     "database": "flynn.host.cli.database:database",
@@ -78,6 +81,23 @@ class Commands(click.Group):
 @click.version_option(VERSION, message="%(version)s")
 def cli() -> None:
     """Run containers on this machine, and operate the cluster it belongs to."""
+
+
+@cli.command("help")
+@click.argument("command", nargs=-1)
+@click.pass_context
+def show_help(ctx: click.Context, command: tuple[str, ...]) -> None:
+    """Show what a command does and takes."""
+    parent = ctx.find_root()
+    shown: click.Command = cli
+    for word in command:
+        found = shown.get_command(parent, word) if isinstance(shown, click.Group) else None
+        if found is None:
+            click.echo(f'ERROR: "{" ".join(command)}" is not a valid command\n', err=True)
+            click.echo(parent.get_help(), err=True)
+            ctx.exit(1)
+        parent, shown = click.Context(found, info_name=word, parent=parent), found
+    click.echo(shown.get_help(parent))
 
 
 @cli.command()
@@ -206,9 +226,22 @@ def _run(args: list[str], start: DaemonStart | None) -> None:
         error.show()
         sys.exit(1)
     except (ConfigError, ApiError) as error:
-        sys.exit(f"flynn-host: {error}")
+        sys.exit(f"flynn-host: {error}{_what_to_do(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _what_to_do(error: Exception) -> str:
+    """Name the next command, where a part of the platform does not answer."""
+    from flynn.types.errors import Unreachable
+
+    if not isinstance(error, Unreachable):
+        return ""
+    if f"127.0.0.1:{os.environ.get('FLYNN_HOST_PORT', HTTP_PORT)}" in str(error):
+        return "\nThe daemon of this machine does not answer; see: systemctl status flynn-host"
+    if ":1111" in str(error):
+        return "\ndiscoverd does not answer; see: flynn-host ps -a, flynn-host fix"
+    return "\nsee: flynn-host list, flynn-host status"
 
 
 def _config_dir(flags: list[str]) -> Any:

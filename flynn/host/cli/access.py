@@ -49,7 +49,10 @@ def admin_key() -> str:
     try:
         return (config_dir() / "host.key").read_text().strip()
     except OSError as error:
-        raise click.ClickException(f"cannot read the admin key: {error}") from error
+        raise click.ClickException(
+            f"cannot read the admin key: {error}; run this as root on a host of the cluster, "
+            "which `flynn-host init` or `flynn-host join` makes of a machine"
+        ) from error
 
 
 @asynccontextmanager
@@ -99,12 +102,26 @@ async def all_hosts() -> AsyncIterator[list[Found]]:
                 await http.close()
 
 
+def directory_url() -> str:
+    """Where discoverd is asked: the first address in DISCOVERD, else this machine's own."""
+    address = (os.environ.get("DISCOVERD") or "http://127.0.0.1:1111").partition(",")[0]
+    return address if "://" in address else f"http://{address}"
+
+
+@asynccontextmanager
+async def host_at(ip: str) -> AsyncIterator[Found]:
+    """The host at an address, by the certificate of this one."""
+    identity = Identity.load(state_dir() / "identity")
+    address = f"{ip}:{HTTP_PORT}"
+    async with HttpClient(f"https://{address}", tls=identity, server_name=SERVER_NAME) as http:
+        client = HostClient(http)
+        yield Found((await client.status()).id, address, client)
+
+
 async def _registered() -> list[Instance]:
     """The hosts discoverd knows; none while it does not answer, for the tool is there to repair that too."""
-    address = os.environ.get("DISCOVERD") or "http://127.0.0.1:1111"
-    url = address if "://" in address else f"http://{address}"
     try:
-        async with HttpClient(url, auth=KeyAuth(admin_key()), timeout=DISCOVERD_SECONDS) as http:
+        async with HttpClient(directory_url(), auth=KeyAuth(admin_key()), timeout=DISCOVERD_SECONDS) as http:
             return await http.get("/services/flynn-host/instances", answer=list[Instance])
     except ApiError:
         return []
@@ -114,7 +131,7 @@ async def host_named(hosts: list[Found], host_id: str) -> HostClient:
     for host in hosts:
         if host.id == host_id:
             return host.client
-    raise click.ClickException(f"no host with id {host_id}")
+    raise click.ClickException(f"no host with id {host_id}; `flynn-host list` shows them")
 
 
 @asynccontextmanager
@@ -131,7 +148,7 @@ async def find_job(client: HostClient, job_id: str) -> ActiveJob:
     try:
         return await client.job(job_id)
     except NotFound as error:
-        raise click.ClickException("no such job") from error
+        raise click.ClickException("no such job; `flynn-host ps -a` lists them") from error
 
 
 def runs(command: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:

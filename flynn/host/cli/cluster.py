@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from flynn.host.cli.access import all_hosts, directory_peers, host_named, local_host, runs
-from flynn.host.cli.show import emit, table
+from flynn.host.cli.show import emit
 from flynn.host.discovery import DISCOVERD_PORT
-from flynn.types.codec import encode
+from flynn.types.codec import Json, encode
 from flynn.types.errors import ApiError, Conflict
 from flynn.types.host import ResourceCheckPort
 
@@ -66,21 +66,22 @@ async def _roles(addresses: list[str]) -> dict[str, str]:
 
 
 @click.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True)
 @click.pass_context
-def tags(ctx: click.Context) -> None:
-    """Show or change the tags of hosts."""
+def tags(ctx: click.Context, as_json: bool) -> None:
+    """Show or change the tags of hosts, by which the scheduler places jobs."""
     if ctx.invoked_subcommand is None:
-        _list_tags()
+        _list_tags(as_json)
 
 
 @runs
-async def _list_tags() -> None:
-    rows = [("HOST", "TAGS")]
+async def _list_tags(as_json: bool) -> None:
+    rows, found = [("HOST", "TAGS")], dict[str, dict[str, str]]()
     async with all_hosts() as hosts:
         for host in hosts:
-            found = (await host.client.status()).tags
-            rows.append((host.id, " ".join(f"{key}={value}" for key, value in sorted(found.items()))))
-    click.echo(table(rows))
+            found[host.id] = (await host.client.status()).tags
+            rows.append((host.id, " ".join(f"{key}={value}" for key, value in sorted(found[host.id].items()))))
+    emit(rows, found, as_json)
 
 
 @tags.command("set")
@@ -105,16 +106,24 @@ async def delete_tags(host_id: str, keys: tuple[str, ...]) -> None:
 
 
 @click.command("resource-check")
+@click.option("--json", "as_json", is_flag=True)
 @click.argument("ports", type=int, nargs=-1)
 @runs
-async def resource_check(ports: tuple[int, ...]) -> None:
-    """Check that the platform's ports (or those given) are free on this machine."""
+async def resource_check(as_json: bool, ports: tuple[int, ...]) -> None:
+    """Check that the platform's ports (or those given) are free on this machine. Exit status 1 if they are not."""
+    conflicts: list[dict[str, Json]] = []
     async with local_host() as host:
         try:
             await host.resource_check([ResourceCheckPort(port=port) for port in ports or PLATFORM_PORTS])
         except Conflict as error:
-            raise click.ClickException(f"{error.message}: {encode(error.detail).decode()}") from error
-    click.echo("all ports are free")
+            conflicts = error.detail["ports"]
+    if as_json:
+        click.echo(encode({"ports": conflicts}))
+    elif not conflicts:
+        click.echo("all ports are free")
+    if conflicts:
+        taken = ", ".join(f"{port['proto']}:{port['port']}" for port in conflicts)
+        raise click.ClickException(f"Conflicting resources found: {taken}; `ss -lntup` shows who uses them")
 
 
 @click.group("log-sink")

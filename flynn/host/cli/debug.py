@@ -81,6 +81,7 @@ def recorded_jobs(state: Path) -> list[ActiveJob]:
 @click.command("collect-debug-info")
 @click.option("--log-dir", default=str(LOG_DIR), show_default=True, type=click.Path(path_type=Path))
 @click.option("--filename", default="", help="Default: /tmp/flynn-host-debug-<time>.tar.gz")
+@click.option("--tarball", is_flag=True, hidden=True, help="As it is always.", expose_value=False)
 def collect_debug_info(log_dir: Path, filename: str) -> None:
     """Write an archive with logs, jobs and the machine's condition, without secrets. The daemon need not run."""
     path = Path(filename or f"/tmp/flynn-host-debug-{datetime.now(UTC):%Y%m%d-%H%M%S}.tar.gz")

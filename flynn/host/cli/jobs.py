@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -11,22 +10,23 @@ import click
 
 from flynn.host.cli.access import all_hosts, find_job, host_named, host_of, runs
 from flynn.host.cli.show import REDACTED, age, emit
+from flynn.host.template import Template, TemplateError
 from flynn.types.codec import ZERO_TIME
 from flynn.types.errors import ApiError
 from flynn.types.host import META_APP_NAME, META_TYPE, ActiveJob
 
 LAST_TO_STOP = "discoverd"  # the others deregister with it
-_METADATA = re.compile(r'\{\{\s*metadata\s+"([^"]*)"\s*\}\}')
 
 
 @click.command()
 @click.option("-a", "--all", "everything", is_flag=True, help="Show jobs that are down, too.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
-@click.option("-f", "--format", "template", default="", help='With -q: {{.Job.ID}} and {{metadata "key"}}.')
+@click.option("-f", "--format", "template", default="", help='For each job: Go\'s templates, {{metadata "key"}}.')
 @click.option("--json", "as_json", is_flag=True)
 @runs
 async def ps(everything: bool, quiet: bool, template: str, as_json: bool) -> None:
     """List jobs of all hosts, newest first."""
+    shape = _template(template) if template else None
     jobs: list[ActiveJob] = []
     async with all_hosts() as hosts:
         for host in hosts:
@@ -35,9 +35,9 @@ async def ps(everything: bool, quiet: bool, template: str, as_json: bool) -> Non
             except ApiError as error:
                 click.echo(f"could not list the jobs of {host.id}: {error}", err=True)
     jobs.sort(key=lambda job: job.created_at, reverse=True)
-    if quiet and not as_json:
+    if (quiet or shape is not None) and not as_json:
         for job in jobs:
-            click.echo(render(template, job) if template else job.job.id)
+            click.echo(job.job.id if shape is None else render(shape, job))
         return
     now = datetime.now(UTC)
     rows = [("ID", "STATE", "CREATED", "CONTROLLER APP", "CONTROLLER TYPE", "ERROR")]
@@ -55,10 +55,19 @@ async def ps(everything: bool, quiet: bool, template: str, as_json: bool) -> Non
     emit(rows, jobs, as_json)
 
 
-def render(template: str, job: ActiveJob) -> str:
-    """Fill in the two things scripts ask for."""
-    text = template.replace("{{.Job.ID}}", job.job.id)
-    return _METADATA.sub(lambda found: job.job.metadata.get(found.group(1), ""), text)
+def _template(text: str) -> Template:
+    try:
+        return Template(text, ("metadata",))
+    except TemplateError as error:
+        raise click.UsageError(f"-f: {error}") from error
+
+
+def render(template: Template, job: ActiveJob) -> str:
+    """Apply a template with the function `metadata "key"` to a job."""
+    try:
+        return template.render(job, {"metadata": lambda key: job.job.metadata.get(key, "")})
+    except TemplateError as error:
+        raise click.ClickException(f"-f: {error}") from error
 
 
 @click.command()
