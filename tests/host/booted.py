@@ -148,6 +148,18 @@ def make_install(root: Path, wheels: Path) -> None:
     )  # fmt: skip
 
 
+def release_wheels(made_of: Ingredients, into: Path) -> Path:
+    """What a release of the present sources carries for its hosts."""
+    into.mkdir()
+    for wheel in made_of.wheels.glob("*.whl"):
+        if not wheel.name.startswith("flynn-"):
+            shutil.copy(wheel, into)
+    copy = into.with_name("sources")  # pip leaves its builds beside what it builds
+    _copy_sources(copy)
+    _run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(into), str(copy / "usr/src/flynn")])
+    return into
+
+
 class BootedMachine(TestMachine):
     """A node whose daemon is a unit of the systemd in it."""
 

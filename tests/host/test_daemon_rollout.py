@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flynn.host.rollout import Member, Rollout, RolloutFailed
 from flynn.types.errors import ApiError
 from flynn.types.host import JobStatus, Mountspec
 from tests.publisher import Publisher
@@ -66,7 +67,7 @@ def maker(tmp_path: Path, layer_file: Path) -> Maker:
 @pytest.fixture
 def node(image: Mountspec, tmp_path: Path, maker: Maker) -> Iterator[TestMachine]:
     """A node whose daemon is called by a link, and that trusts the maker."""
-    node = TestMachine(tmp_path / "node", image, number=7)
+    node = TestMachine(tmp_path / "node", image, number=3)
     node.directory.mkdir()
     links = node.directory / "bin"
     links.mkdir()
@@ -149,3 +150,43 @@ async def test_a_program_is_for_one_kind_of_machine(node: TestMachine, maker: Ma
 
 async def _runs(host: object, job_id: str) -> bool:
     return (await host.job(job_id)).status is JobStatus.RUNNING  # type: ignore[attr-defined]
+
+
+async def test_the_first_host_that_fails_ends_it_and_a_second_run_goes_on(
+    node: TestMachine, image: Mountspec, maker: Maker, tmp_path: Path
+) -> None:
+    other = TestMachine(tmp_path / "other", image, number=2, id="node2")
+    other.directory.mkdir()
+    told: list[tuple[str, str]] = []
+    try:
+        other.plug_in()
+        shutil.copy(maker.root, other.config / "tuf-root.json")
+        programs = other.directory / "programs"
+        programs.write_text("in the way")
+        other.start("--program-dir", str(programs), "--bin-dir", str(programs))
+        maker.program(NEW)
+        async with node.client() as first, other.client() as second:
+            members = [Member("node1", first), Member("node2", second)]
+            rollout = Rollout(members, str(maker.out), NEW, lambda host, step, facts: told.append((host, step)))
+
+            # What one of them cannot have, none gets.
+            with pytest.raises(RolloutFailed, match=r"node2: .*programs"):
+                await rollout.run()
+            assert [(await host.status()).version for host in (first, second)] == ["dev", "dev"]
+            programs.unlink()
+
+            # The one that fails ends it.
+            key = other.config / "host.key"
+            key.rename(key.with_suffix(".away"))
+            told.clear()
+            with pytest.raises(RolloutFailed, match=r"node2: .*host\.key"):
+                await rollout.run()
+            assert [(await host.status()).version for host in (first, second)] == [NEW, "dev"]
+            key.with_suffix(".away").rename(key)
+
+            told.clear()
+            await rollout.run()
+            assert [(await host.status()).version for host in (first, second)] == [NEW, NEW]
+            assert told[-2:] == [("node1", "already"), ("node2", "daemon")]
+    finally:
+        other.remove()

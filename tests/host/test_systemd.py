@@ -11,8 +11,9 @@ import pytest
 
 from flynn.host.client import HostClient
 from flynn.types.host import ActiveJob, HostCommand, JobStatus, Mountspec
+from tests.publisher import Publisher
 
-from .booted import BootedMachine, ingredients
+from .booted import BootedMachine, ingredients, release_wheels
 from .machine import eventually
 from .test_daemon_jobs import job, output
 
@@ -22,6 +23,7 @@ BAD = """#!/bin/sh
 [ -n "$FLYNN_HOST_TRIAL" ] || export FLYNN_CONFIG_DIR=/nowhere
 exec /usr/local/bin/flynn-host "$@"
 """
+VERSION = "v20260801.0"
 COUNTER = "i=0; while true; do i=$((i+1)); echo line $i; sleep 0.05; done"
 
 
@@ -101,6 +103,40 @@ async def test_a_job_outlives_whatever_happens_to_the_unit(booted: BootedMachine
         assert (await host.job(wanted.id)).status is JobStatus.DONE
     booted.inside("systemctl", "stop", "flynn-host")
     assert booted.unit("Result") == "success"
+
+
+async def test_a_release_takes_the_place_of_what_was_installed(
+    booted: BootedMachine, layer_file: Path, tmp_path: Path
+) -> None:
+    """By the operator's command, with the real wheels; afterwards systemd starts the new program."""
+    publisher = Publisher(tmp_path)
+    publisher.image("shell", [publisher.layer("shell", layer_file.read_bytes())])
+    wheels = await asyncio.to_thread(release_wheels, ingredients(), tmp_path / "wheels")
+    publisher.release(VERSION, wheels=wheels)
+    shutil.copytree(publisher.out, booted.root / "var/repository")
+    shutil.copy(publisher.root, booted.config / "tuf-root.json")
+
+    booted.inside("systemctl", "start", "flynn-host")
+    wanted = job(booted.image_inside, COUNTER)
+    async with booted.client() as host:
+        await booted.configure(host)
+        await host.add_job(wanted)
+        await eventually(lambda: _prints(host, wanted.id, "line 5\n"), 30)
+        first = await host.job(wanted.id)
+    pid = booted.unit("MainPID")
+    said = await asyncio.to_thread(booted.inside, "flynn-host", "update", "--hosts-only", "-r", "/var/repository")
+    assert f"node1: updated from dev to {VERSION}, 1 jobs go on" in said
+    program = f"/opt/flynn/versions/{VERSION}/bin/flynn-host"
+    assert booted.inside("readlink", "/usr/local/bin/flynn-host").strip() == program
+    assert booted.inside("flynn-host", "version").strip() == VERSION
+    assert booted.unit("MainPID") == pid
+    await _goes_on(booted, first)
+    booted.inside("systemctl", "restart", "flynn-host")
+    async with booted.client() as host:
+        assert (await host.status()).version == VERSION
+    await _goes_on(booted, first)
+    async with booted.client() as host:
+        await host.stop_job(wanted.id)
 
 
 async def _goes_on(booted: BootedMachine, first: ActiveJob) -> None:
