@@ -22,7 +22,8 @@ from flynn.aio.supervisor import supervisor
 from flynn.appliances.postgresql.configuration import SUPERUSER
 from flynn.appliances.postgresql.postmaster import Installation
 from flynn.appliances.postgresql.provisioning import Connect, Connection, provisioning_api
-from flynn.appliances.postgresql.server import PostgreSQL, ServerConfig
+from flynn.appliances.postgresql.server import PostgreSQL
+from flynn.appliances.postgresql.workplace import ServerConfig
 from flynn.appliances.sirenia.client import HttpNeighbours
 from flynn.appliances.sirenia.cluster_state import BadClusterState, parse_state
 from flynn.appliances.sirenia.evaluate import Me

@@ -14,32 +14,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 
 from flynn.aio.backoff import Backoff
-from flynn.appliances.postgresql import wal
-from flynn.appliances.postgresql.configuration import (
-    LOCAL_USER,
-    NOBODY,
-    SUPERUSER,
-    ServerSettings,
-    conninfo,
-    pg_hba_conf,
-    postgresql_conf,
-)
+from flynn.appliances.postgresql import queries, wal
+from flynn.appliances.postgresql.configuration import NOBODY
 from flynn.appliances.postgresql.following import DataDirectory
-from flynn.appliances.postgresql.postmaster import Installation, Postmaster, ensure_data_directory
+from flynn.appliances.postgresql.postmaster import Postmaster, ensure_data_directory
+from flynn.appliances.postgresql.queries import Answer, Connection
+from flynn.appliances.postgresql.workplace import Mode, ServerConfig, Workplace
 from flynn.appliances.sirenia.cluster_state import Lineage, Role
-from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo, Held
+from flynn.appliances.sirenia.database import STARTING, DatabaseConfig, DatabaseError, DatabaseInfo, Held
 from flynn.identity import Identity
 from flynn.types.instance import Instance
 
@@ -54,7 +45,6 @@ STEADY = timedelta(minutes=1)  # a server that ran so long starts with the short
 
 STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and the next one known by then
 COPYING = "-copy"
-PROMOTE_SECONDS = 60
 HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
 ASK_LIMIT = timedelta(seconds=20)  # for another server to answer, a checkpoint included
 BROKEN_STARTS = 3  # a server that was short of something may start the next time
@@ -62,34 +52,6 @@ STEP_REST = timedelta(milliseconds=500)
 STEP_POLL = timedelta(milliseconds=100)  # while the downstream catches up, and everybody waits
 STEADY_SAMPLES = 3  # in a row, of a stream that really flows
 STUCK = timedelta(seconds=10)  # a standby that gets nothing so long from an upstream that answers has lost its way
-
-Connection = AsyncConnection[tuple[Any, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    data: Path  # the volume; the cluster is in its directory `db`
-    run: Path  # sockets, certificate copies and the password file, reachable for us and the server only
-    port: int
-    password: str  # of the superuser
-    peer_id: str
-    installation: Installation
-    id_key: str = "POSTGRES_ID"  # which metadata of an instance carries the logical identity
-
-    @property
-    def passfile(self) -> Path:
-        return self.run / "pgpass"
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """What the server's configuration says."""
-
-    standby: bool
-    upstream: Instance | None  # of a standby; None = it only replays what it has
-    sync: str  # whose confirmation commits wait for
-    read_only: bool
-    replicated: bool
 
 
 class EndedDuringStart(DatabaseError):
@@ -103,7 +65,7 @@ class PostgreSQL:
 
     def __init__(self, config: ServerConfig, identity: Identity | None) -> None:
         self._config = config
-        self._identity = identity
+        self._workplace = Workplace(config, identity)
         self._directory = DataDirectory(config.data, config.installation)
         self._wanted: DatabaseConfig | None = None
         self._applied: DatabaseConfig | None = None  # what the server has been brought to; None = nobody knows
@@ -238,13 +200,13 @@ class PostgreSQL:
 
     async def keep_certificate(self) -> None:
         """Let the server present a renewed certificate to new connections."""
-        if self._identity is None:
+        if self._workplace.identity is None:
             await asyncio.Event().wait()
             return
         while True:
             await asyncio.sleep(CERTIFICATE_CHECK.total_seconds())
             async with self._lock:
-                if self._copy_certificate() and self._postmaster is not None and self._postmaster.running:
+                if self._workplace.copy_certificate() and self._postmaster is not None and self._postmaster.running:
                     log.info("certificate renewed")
                     self._postmaster.reload()
 
@@ -345,7 +307,7 @@ class PostgreSQL:
             lineage = self._directory.lineage
             if not self._directory.exists and lineage is not None:
                 raise DatabaseError("the data of this primary are missing, and a new database would not be the same")
-            await self._prepare()
+            self._workplace.prepare()
             await ensure_data_directory(self._config.installation, self._directory.path)
             await self._start(mode)
         if not state.singleton or self._directory.lineage is not None:
@@ -366,19 +328,26 @@ class PostgreSQL:
         if self._running:
             self._configure(mode)
             return
-        await self._prepare()
+        self._workplace.prepare()
         if not self._directory.exists:
             await self._copy(upstream)
         elif not self._directory.is_standby:
             await self._rewind_or_copy(config, upstream)
         try:
-            await self._start(mode, STANDBY_START_LIMIT)
+            await self._start_standby(mode)
         except EndedDuringStart as error:
             await self._replace_broken(config, upstream, error)
-            await self._start(mode, STANDBY_START_LIMIT)
+            await self._start_standby(mode)
         self._failed_starts = 0
         self._became_ready.set()
         log.info("the server is ready", extra={"role": config.role, "upstream": upstream.addr})
+
+    async def _start_standby(self, mode: Mode) -> None:
+        self._detail = STARTING
+        try:
+            await self._start(mode, STANDBY_START_LIMIT)
+        finally:
+            self._detail = ""
 
     async def _replace_broken(self, config: DatabaseConfig, upstream: Instance, error: EndedDuringStart) -> None:
         """A standby whose data no server starts on gets a new copy, as long as there is a primary that has it all."""
@@ -403,7 +372,7 @@ class PostgreSQL:
             await self._rewind_or_copy(config, upstream)
         else:
             await self._copy(upstream)
-        await self._start(mode, STANDBY_START_LIMIT)
+        await self._start_standby(mode)
         self._became_ready.set()
 
     async def _rewind_or_copy(self, config: DatabaseConfig, upstream: Instance) -> None:
@@ -416,7 +385,7 @@ class PostgreSQL:
             raise DatabaseError(f"the primary {state.primary.addr} does not answer as such, so nothing is taken back")
         self._detail = "rewinding"
         try:
-            await self._directory.rewind(self._source(state.primary, COPYING))
+            await self._directory.rewind(self._workplace.source(state.primary, COPYING))
         except DatabaseError as error:
             log.warning("rewinding failed", extra={"error": error})
             await self._copy(upstream)
@@ -428,7 +397,7 @@ class PostgreSQL:
             raise DatabaseError(f"the upstream {upstream.addr} does not answer, so there is nothing to copy")
         self._detail = "copying the upstream"
         try:
-            await self._directory.copy(self._source(upstream, COPYING))
+            await self._directory.copy(self._workplace.source(upstream, COPYING))
         finally:
             self._detail = ""
 
@@ -444,7 +413,7 @@ class PostgreSQL:
             async with (
                 asyncio.timeout(ASK_LIMIT.total_seconds()),
                 await AsyncConnection.connect(
-                    self._source(other, COPYING), password=self._config.password, autocommit=True
+                    self._workplace.source(other, COPYING), password=self._config.password, autocommit=True
                 ) as connection,
             ):
                 row = await (await connection.execute("SELECT pg_is_in_recovery()")).fetchone()
@@ -455,26 +424,6 @@ class PostgreSQL:
         except (psycopg.Error, OSError, TimeoutError) as error:
             log.info("another server does not answer", extra={"server": other.addr, "error": error or "too slow"})
             return None
-
-    def _source(self, upstream: Instance, suffix: str = "") -> str:
-        """How to connect to another server.
-
-        Only replication itself goes by our name: to the primary, whatever comes in under the sync's name confirms.
-        """
-        return conninfo(
-            host=upstream.host,
-            port=upstream.port,
-            user=SUPERUSER,
-            dbname="postgres",
-            passfile=str(self._config.passfile),
-            application_name=self._config.peer_id + suffix,
-            sslmode="verify-full",
-            sslrootcert=str(self._config.run / "ca.crt"),
-            connect_timeout=3,
-            keepalives_idle=5,
-            keepalives_interval=2,
-            keepalives_count=3,
-        )
 
     # --- holding
 
@@ -487,59 +436,27 @@ class PostgreSQL:
             await self._restart(mode)
         confirmed, position = 0, ""
         while confirmed < 2:
-            # A new connection has the postmaster's configuration, and a sender's priority is set by the sender itself.
             async with self._local_connection() as connection:
-                cursor = await connection.execute(
-                    "SELECT current_setting('synchronous_standby_names') LIKE %s"
-                    " AND NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_priority > 0),"
-                    " pg_current_wal_flush_lsn()::text",
-                    [f"%{NOBODY}%"],
-                )
-                row = await cursor.fetchone()
-            assert row is not None
-            confirmed, position = confirmed + 1 if row[0] else 0, str(row[1])
-            await asyncio.sleep(0.01)
+                silent, position = await queries.waits_for_nobody_real(connection)
+            confirmed = confirmed + 1 if silent else 0
+            await asyncio.sleep(queries.POLL.total_seconds())
         return Held(received=position, usable=position)
 
     async def _hold_standby(self) -> Held:
         self._configure(replace(self._mode, upstream=None))
-        last = None
         async with self._local_connection() as connection:
-            while True:
-                # Idle: the log on disk has been replayed to its end, and there is no receiver to make it longer.
-                cursor = await connection.execute(
-                    "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver) AND EXISTS (SELECT FROM pg_stat_activity"
-                    " WHERE backend_type = 'startup' AND wait_event = 'RecoveryRetrieveRetryInterval'),"
-                    " coalesce(pg_last_wal_receive_lsn(), '0/0')::text, coalesce(pg_last_wal_replay_lsn(), '0/0')::text"
-                )
-                row = await cursor.fetchone()
-                assert row is not None
-                idle, received, replayed = row
-                if idle and last == (received, replayed):
-                    return Held(received=wal.later(received, replayed), usable=replayed)
-                last = (received, replayed) if idle else None
-                await asyncio.sleep(0.01)
+            received, replayed = await queries.at_rest(connection)
+        return Held(received=wal.later(received, replayed), usable=replayed)
 
     # --- replication in step
 
     async def _check_downstream(self, downstream: Instance) -> None:
         """Note that the downstream has all there was when the question came up."""
         async with self._local_connection() as connection:
-            if not self._target:
-                cursor = await connection.execute(
-                    "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
-                    " ELSE pg_current_wal_flush_lsn() END)::text"
-                )
-                row = await cursor.fetchone()
-                self._target = row[0] if row and row[0] else ""
-                if not self._target:
-                    return
-            cursor = await connection.execute(
-                "SELECT FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
-                " AND flush_lsn >= %s::pg_lsn AND (sync_state = 'sync' OR %s)",
-                [self._identity_of(downstream), self._target, self._mode.standby],
-            )
-            if await cursor.fetchone() is None:
+            self._target = self._target or await queries.end_of_log(connection)
+            if not self._target or not await queries.has_reached(
+                connection, self._identity_of(downstream), self._target, as_sync=not self._mode.standby
+            ):
                 return
         self._synced = downstream
         log.info("the downstream has caught up", extra={"downstream": downstream.addr, "position": self._target})
@@ -552,23 +469,13 @@ class PostgreSQL:
 
     # --- the steps
 
-    async def _prepare(self) -> None:
-        config = self._config
-        try:
-            os.chmod(config.data, 0o755)  # the server's user has to get through to its own directory
-            config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
-            config.installation.own(config.run)
-            self._copy_certificate()
-        except OSError as error:
-            raise DatabaseError(f"cannot prepare the server: {error}") from error
-
     async def _start(self, mode: Mode, limit: timedelta | None = None) -> None:
         config, data = self._config, self._directory.path
-        await self._prepare()
+        self._workplace.prepare()
         try:
             self._mode = mode
-            self._write(data / "pg_hba.conf", pg_hba_conf())
-            self._write(data / "postgresql.conf", postgresql_conf(self._settings()))
+            self._workplace.admit(data)
+            self._workplace.configure(data, mode)
             self._postmaster = await Postmaster.start(config.installation, data)
         except OSError as error:
             raise DatabaseError(f"cannot start the server: {error}") from error
@@ -585,7 +492,7 @@ class PostgreSQL:
         try:
             if mode != self._mode:
                 self._mode = mode
-                self._write(self._directory.path / "postgresql.conf", postgresql_conf(self._settings()))
+                self._workplace.configure(self._directory.path, mode)
                 self._postmaster.reload()
         except OSError as error:
             raise DatabaseError(f"cannot configure the server: {error}") from error
@@ -594,23 +501,13 @@ class PostgreSQL:
         try:
             async with self._local_connection() as connection:
                 # The configuration that names the sync has to be known before the first write is possible.
-                await self._reloaded(connection)
-                cursor = await connection.execute("SELECT pg_promote(true, %s)", [PROMOTE_SECONDS])
-                row = await cursor.fetchone()
+                await queries.works_by(connection, self._mode.sync)
+                promoted = await queries.promote(connection)
         except (psycopg.Error, OSError) as error:
             raise DatabaseError(f"cannot promote the server: {error}") from error
-        if row is None or not row[0]:
-            raise DatabaseError(f"the server was not promoted within {PROMOTE_SECONDS} s")
+        if not promoted:
+            raise DatabaseError(f"the server was not promoted within {queries.PROMOTE_SECONDS} s")
         log.info("promoted")
-
-    async def _reloaded(self, connection: Connection) -> None:
-        """Return when the server works by the name of the sync that is in its configuration."""
-        async with asyncio.timeout(INFO_LIMIT.total_seconds()):
-            while True:
-                row = await (await connection.execute("SHOW synchronous_standby_names")).fetchone()
-                if row is not None and self._mode.sync in row[0]:
-                    return
-                await asyncio.sleep(0.01)
 
     async def _stop(self) -> None:
         postmaster, self._postmaster = self._postmaster, None
@@ -619,47 +516,6 @@ class PostgreSQL:
         if postmaster is not None:
             await postmaster.stop()
             log.info("the server has stopped")
-
-    def _settings(self) -> ServerSettings:
-        config, mode = self._config, self._mode
-        return ServerSettings(
-            port=config.port,
-            socket_directory=config.run,
-            certificate=config.run / "server.crt" if self._identity else None,
-            key=config.run / "server.key" if self._identity else None,
-            peer_id=config.peer_id,
-            read_only=mode.read_only,
-            replicated=mode.replicated,
-            sync=mode.sync,
-            primary_conninfo=self._source(mode.upstream) if mode.upstream is not None else "",
-            extension_whitelist=config.installation.extension_whitelist,
-        )
-
-    def _copy_certificate(self) -> bool:
-        """Copy the identity to where the server's user can read it; returns whether it is a new one."""
-        if self._identity is None:
-            return False
-        new = not self._config.passfile.exists()
-        if new:
-            self._write(self._config.passfile, f"*:*:*:{SUPERUSER}:{_escaped(self._config.password)}\n")
-        # The key first: the server reads both at one moment, when it is told to, after both are in place.
-        for source, target in (("key.pem", "server.key"), ("cert.pem", "server.crt"), ("ca.pem", "ca.crt")):
-            content = (self._identity.directory / source).read_text()
-            path = self._config.run / target
-            if not path.exists() or path.read_text() != content:
-                self._write(path, content)
-                new = True
-        return new
-
-    def _write(self, path: Path, content: str) -> None:
-        beside = path.with_name(f".{path.name}.new")
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self._config.installation.own(beside)
-        beside.rename(path)
 
     async def _wait_until_ready(self, postmaster: Postmaster, limit: timedelta) -> None:
         try:
@@ -678,24 +534,9 @@ class PostgreSQL:
             raise DatabaseError(f"the server was not ready after {limit}") from error
 
     async def _ensure_superuser(self) -> None:
-        """The password in the environment is the truth: a changed one takes effect at the next start."""
         try:
             async with self._local_connection() as connection:
-                secret = connection.pgconn.encrypt_password(
-                    self._config.password.encode(), SUPERUSER.encode(), b"scram-sha-256"
-                )
-                known = await (
-                    await connection.execute("SELECT rolpassword FROM pg_authid WHERE rolname = %s", [SUPERUSER])
-                ).fetchone()
-                verb = sql.SQL("CREATE" if known is None else "ALTER")
-                await connection.execute("SET default_transaction_read_only = off")
-                # The sync copies us by means of this very role, so nobody can confirm it yet.
-                await connection.execute("SET synchronous_commit = local")
-                await connection.execute(
-                    sql.SQL(
-                        "{} ROLE {} WITH LOGIN SUPERUSER CREATEDB CREATEROLE REPLICATION BYPASSRLS PASSWORD {}"
-                    ).format(verb, sql.Identifier(SUPERUSER), sql.Literal(secret.decode()))
-                )
+                await queries.ensure_superuser(connection, self._config.password)
         except psycopg.Error as error:
             raise DatabaseError(f"cannot make the superuser: {error}") from error
 
@@ -710,65 +551,21 @@ class PostgreSQL:
             await connection.close()
 
     async def _connect(self) -> Connection:
-        return await AsyncConnection.connect(
-            host=str(self._config.run),
-            port=self._config.port,
-            user=LOCAL_USER,
-            dbname="postgres",
-            application_name="flynn-postgres",
-            connect_timeout=2,
-            autocommit=True,
-        )
+        return await queries.connect(self._config.run, self._config.port)
 
     async def _ask(self) -> Answer:
         if self._probe is None or self._probe.closed:
             self._probe = await self._connect()
         try:
-            cursor = await self._probe.execute(
-                "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
-                " ELSE pg_current_wal_lsn() END)::text,"
-                " EXISTS (SELECT FROM pg_roles WHERE rolname = %s),"
-                " (SELECT setting = 'off' FROM pg_settings WHERE name = 'default_transaction_read_only')"
-                " AND NOT pg_is_in_recovery(),"
-                " ARRAY(SELECT application_name FROM pg_stat_replication WHERE state = 'streaming'),"
-                # An idle upstream is asked for a sign of life after half of the receiver's timeout.
-                " (SELECT ARRAY[sender_host, sender_port::text] FROM pg_stat_wal_receiver"
-                "  WHERE status = 'streaming' AND last_msg_receipt_time > clock_timestamp() - interval '3 s'),"
-                " CASE WHEN pg_is_in_recovery() THEN (SELECT received_tli FROM pg_stat_wal_receiver)"
-                " ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END",
-                [SUPERUSER],
-            )
-            row = await cursor.fetchone()
+            return await queries.ask(self._probe)
         except BaseException:
             await self._close_probe()
             raise
-        assert row is not None
-        position, user_exists, read_write, standbys, sender, timeline = row
-        return Answer(
-            str(position or ""),
-            bool(user_exists),
-            bool(read_write),
-            tuple(standbys),
-            (sender[0], int(sender[1])) if sender and sender[0] else None,
-            timeline or 0,
-        )
 
     async def _close_probe(self) -> None:
         probe, self._probe = self._probe, None
         if probe is not None:
             await probe.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a server says when it is asked; the defaults are those of one that does not answer."""
-
-    position: str = ""
-    user_exists: bool = False
-    read_write: bool = False
-    standbys: tuple[str, ...] = ()  # who receives from it
-    sender: tuple[str, int] | None = None  # from whom it receives
-    timeline: int = 0
 
 
 def _address(instance: Instance | None) -> tuple[str, str] | None:
@@ -777,7 +574,3 @@ def _address(instance: Instance | None) -> tuple[str, str] | None:
 
 def _generation(config: DatabaseConfig) -> int:
     return config.state.generation if config.state is not None else 0
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace(":", "\\:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from flynn.aio.backoff import Backoff, attempts
+from flynn.appliances.sirenia.database import STARTING, DatabaseInfo
 from flynn.appliances.sirenia.management import ApplianceStatus as ApplianceStatus
 from flynn.appliances.sirenia.neighbours import Heard
 from flynn.appliances.sirenia.suspicion import Answer
@@ -76,13 +77,21 @@ class HttpNeighbours:
             await client.close()
         database, state = status.database, status.peer.state
         return Heard(
-            Answer.WELL if (database.running and database.xlog) or database.detail else Answer.DOWN,
+            _answer(database),
             id=status.peer.id,
             role=status.peer.role,
             generation=state.generation if state is not None else 0,
             lineage=database.lineage.generation if database.lineage is not None else 0,
             timeline=database.timeline,
         )
+
+
+def _answer(database: DatabaseInfo) -> Answer:
+    if database.running and database.xlog:
+        return Answer.WELL
+    if database.detail == STARTING:
+        return Answer.STARTING
+    return Answer.WELL if database.detail else Answer.DOWN
 
 
 def _is_refused(error: BaseException | None) -> bool:

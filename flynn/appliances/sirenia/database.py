@@ -18,6 +18,9 @@ class DatabaseConfig(Wire):
     state: ClusterState | None = always(None)
 
 
+STARTING = "starting"
+
+
 class DatabaseInfo(Wire):
     """What the database says about itself. The first six keys are always there: clients dereference them blindly."""
 
@@ -30,7 +33,7 @@ class DatabaseInfo(Wire):
     timeline: int = 0  # the branch of history it is on: the primary's own, or the one a standby receives; 0 = unknown
     connected: list[str] = []  # logical ids of the neighbours with whom replication flows right now
     lineage: Lineage | None = None
-    detail: str = ""  # what it is busy with, for people
+    detail: str = ""  # what it is busy with, for people; `STARTING` while a standby's server comes up
 
 
 class Held(Wire):

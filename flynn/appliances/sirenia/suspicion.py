@@ -14,12 +14,14 @@ from enum import StrEnum
 
 class Answer(StrEnum):
     WELL = "well"  # its database runs and answers, or is being made a copy
+    STARTING = "starting"  # a standby whose server comes up
     DOWN = "down"  # the daemon answers, its database does not
     REFUSED = "refused"  # the machine answers: no such process
     SILENT = "silent"  # nothing answers
 
 
 PATIENCE = {
+    Answer.STARTING: 8.0,  # on a busy machine; the next standby could not be ready much sooner
     Answer.DOWN: 2.0,  # a server that was killed is usually back within one second
     Answer.REFUSED: 0.6,  # a daemon does not come back sooner than another peer takes over
     Answer.SILENT: 3.0,  # a busy machine or a lost packet or two
