@@ -155,7 +155,7 @@ class Engine:
                     self._jobs.listed(event, now)
             case ListingFailed(host):
                 self._hosts.unlisted.pop(host, None)
-                self._hosts.suspect(host)
+                self._hosts.suspect(host, now)
             case VolumesListed():
                 self._volumes.listed(event)
             case VolumeRecorded(volume):
@@ -282,7 +282,7 @@ class Engine:
             case Timer.DEADLINE:
                 self._jobs.check_deadline(JobID(id), now)
             case Timer.CHECK:
-                self._hosts.check_again(HostID(id))
+                self._hosts.check_again(HostID(id), now)
             case Timer.SUCCESSOR:
                 self._restarts.give_up_successors(now)
             case Timer.CLAIM:

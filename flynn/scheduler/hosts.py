@@ -26,7 +26,7 @@ class HostWatch:
         self._desk = desk
         self._world = desk.world
         self._jobs = jobs
-        self._checking: set[HostID] = set()
+        self._checking: dict[HostID, datetime] = {}  # since when
 
     def seen(self, event: HostSeen, now: datetime) -> None:
         """discoverd lists the host."""
@@ -72,29 +72,29 @@ class HostWatch:
             self._unfollow(host, now)
         else:
             self._world.hosts[id] = replace(host, listed=False)
-            self.suspect(id)
+            self.suspect(id, now)
 
-    def suspect(self, id: HostID) -> None:
+    def suspect(self, id: HostID, now: datetime) -> None:
         """Begin to probe a host; while it is under suspicion already, the probes go on at their own pace."""
         host = self._world.hosts.get(id)
         if host is None or not host.healthy:
             return
         self._world.hosts[id] = replace(host, healthy=False)
-        self._check(id)
+        self._check(id, now)
 
-    def check_again(self, id: HostID) -> None:
+    def check_again(self, id: HostID, now: datetime) -> None:
         host = self._world.hosts.get(id)
         if host is not None and not host.healthy:
-            self._check(id)
+            self._check(id, now)
 
-    def _check(self, id: HostID) -> None:
+    def _check(self, id: HostID, now: datetime) -> None:
         if id not in self._checking:
-            self._checking.add(id)
+            self._checking[id] = now
             self._desk.ask(CheckHost(id))
 
     def checked(self, id: HostID, alive: bool, now: datetime) -> None:
         """A probe has been answered, or has not."""
-        self._checking.discard(id)
+        asked_at = self._checking.pop(id, now)
         host = self._world.hosts.get(id)
         if host is None or host.healthy:
             return
@@ -108,7 +108,8 @@ class HostWatch:
         if failed >= (FAILED_CHECKS_LISTED if host.listed else FAILED_CHECKS):
             self._unfollow(self._world.hosts[id], now)
         else:
-            self._desk.at(now + CHECK_EVERY, Timer.CHECK, id)
+            # A machine without power does not even refuse: its probes take their full time, and follow each other.
+            self._desk.at(max(now, asked_at + CHECK_EVERY), Timer.CHECK, id)
 
     def _unfollow(self, host: Host, now: datetime) -> None:
         log.warning("host lost", extra={"host": host.id, "jobs": len(self._world.jobs_on(host.id))})

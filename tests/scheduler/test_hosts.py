@@ -44,8 +44,7 @@ def failing_checks(engine: Engine, limit: int) -> int:
         actions = engine.step([HostChecked(NODE, False)], now)
         if UnfollowHost(NODE) in actions:
             return count
-        now += CHECK_EVERY
-        assert CheckHost(NODE) in engine.step([Tick()], now)
+        assert CheckHost(NODE) in actions, "the next one follows"
     return limit
 
 
@@ -72,3 +71,14 @@ def test_a_host_that_was_given_up_is_followed_anew_when_it_is_seen() -> None:
     failing_checks(engine, 100)
     assert NODE not in engine.world.hosts
     assert FollowHost(NODE) in engine.step([HostSeen(NODE, {})], START)
+
+
+def test_a_machine_that_does_not_even_refuse_is_given_up_as_soon_as_three_probes_have_had_their_time() -> None:
+    engine = Engine(Random(1), lambda: "u1")
+    engine.step([HostSeen(NODE, {})], START)
+    actions, now = engine.step([HostGone(NODE)], START), START
+    for _ in range(FAILED_CHECKS):
+        assert CheckHost(NODE) in actions
+        now += timedelta(seconds=1)
+        actions = engine.step([HostChecked(NODE, False)], now)
+    assert UnfollowHost(NODE) in actions
