@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 from flynn.host.rollout import Member, Rollout, RolloutFailed
 from flynn.types.errors import ApiError
 from flynn.types.host import JobStatus, Mountspec
-from tests.publisher import Publisher
+from tests.program_maker import Maker
 
 from .machine import BIN, TestMachine, eventually
 from .test_daemon_jobs import job
@@ -28,33 +26,6 @@ OLD, NEW, BROKEN = "v20260801.0", "v20260802.0", "v20260803.0"
 
 
 FAILS_IN_EARNEST = "import os; 'FLYNN_HOST_HANDOVER' in os.environ and os.environ.update(FLYNN_CONFIG_DIR='/x')"
-
-
-class Maker(Publisher):
-    """Releases programs that are this one, by way of its environment: the wheels need not carry all the libraries."""
-
-    def program(self, version: str, *, broken: str = "") -> None:
-        wheels = self.home / f"wheels-{version}"
-        wheels.mkdir()
-        main = f"import site; site.addsitedir({str(_site_packages())!r})\n"
-        main += f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        main += "def flynn_host():\n"
-        main += f"    {broken or 'pass'}\n"
-        main += "    from flynn.host.main import main\n    main()\n"
-        main += "def flynn():\n    from flynn.cli.main import main\n    main()\n"
-        info = f"flynn-{version[1:]}.dist-info"
-        with zipfile.ZipFile(wheels / f"flynn-{version[1:]}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("of_the_release.py", main)
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: flynn\nVersion: {version[1:]}\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            commands = "flynn-host = of_the_release:flynn_host\nflynn = of_the_release:flynn\n"
-            wheel.writestr(f"{info}/entry_points.txt", f"[console_scripts]\n{commands}")
-            wheel.writestr(f"{info}/RECORD", "")
-        self.release(version, wheels=wheels)
-
-
-def _site_packages() -> Path:
-    return next(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
 
 
 @pytest.fixture
