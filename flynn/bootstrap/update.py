@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flynn.aio.backoff import Backoff, attempts
 from flynn.bootstrap.cluster import EVERY, BootstrapError, Cluster
@@ -54,7 +54,7 @@ async def update_apps(state_dir: Path, config_dir: Path, images: Path, tell: Tel
     try:
         cluster.controller_key = await _controller_key(local_key, state_dir)
         await _healthy(cluster)
-        await _Renewal(cluster, wanted, tell).run()
+        await Renewal(cluster, wanted, tell).run()
     except (BootstrapError, ApiError, TimeoutError, OSError) as error:
         return str(error) or type(error).__name__
     finally:
@@ -89,14 +89,22 @@ async def _healthy(cluster: Cluster) -> None:
     raise BootstrapError(f"cluster is unhealthy: {last[:500]}")
 
 
-class _Renewal:
+class Controllers(Protocol):
+    """The way to the controller, whichever instance answers."""
+
+    async def controller(self) -> Controller: ...
+    def forget_controller(self) -> None: ...
+
+
+class Renewal:
     """One run over all apps."""
 
-    def __init__(self, cluster: Cluster, images: Mapping[str, Artifact], tell: Tell) -> None:
+    def __init__(self, cluster: Controllers, images: Mapping[str, Artifact], tell: Tell) -> None:
         self._cluster, self._wanted, self._tell = cluster, images, tell
         self._images: dict[str, Artifact] = {}
 
     async def run(self) -> None:
+        """Raises `BootstrapError`, or `ApiError` when the controller refuses."""
         self._images = await self._recorded()
         for app in in_order(await self._asked(lambda controller: controller.apps())):
             await self._renew(app)
