@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
 
 from tests.cluster.lab import node
 from tests.cluster.lab.cluster import PUBLISHED, Phases, down, up
@@ -50,7 +52,12 @@ class Line:
     requests: int
     late: int  # failed later than a node's loss may be noticed, and not through the node that was hit
     pause: float  # longest time in which no write was confirmed anywhere, in seconds
+    whole: bool  # in the end, also if something did not go as promised on the way
     problem: str = ""
+
+    @property
+    def survived(self) -> bool:
+        return self.outcome.recovered and not self.outcome.acknowledged_lost
 
 
 HEADER = ("fault", "recovered", "app", "whole", "writes paused", "lost", "failed", "of", "late")
@@ -82,7 +89,7 @@ class Drill:
         self.began = time.monotonic()
         self.lines: list[Line] = []
         self._cluster: Cluster | None = None
-        self._repository = PUBLISHED / "drill" / APP
+        self._repository = Path()
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:7.1f}  {text}", flush=True)
@@ -92,23 +99,28 @@ class Drill:
         assert self._cluster is not None, "not set up"
         return self._cluster
 
-    def set_up(self) -> None:
-        """Have a cluster of three, the app on it, its database, and the witnesses at work. Raises NotMet."""
-        members = tuple(nodes(3))
-        if not all(node.init_pid(member) for member in members) or not (PUBLISHED / "env").exists():
+    def boot(self) -> None:
+        """Have a cluster of three with the app on it, then `set_up`. Raises NotMet."""
+        if not all(node.init_pid(member) for member in nodes(3)) or not (PUBLISHED / "env").exists():
             up(3, Phases())
         home = PUBLISHED / "drill"
         home.mkdir(exist_ok=True)
         user = TrioUser(home)
-        user.enter_through(members[0])
-        if not self._repository.exists():
-            self.say("push the app, scale it to six, give it a database")
-            directory = user.app(APP, "python")
-            pushed = user.push(directory)
+        user.enter_through(nodes(3)[0])
+        if not (home / APP).exists():
+            self.say("push the app")
+            pushed = user.push(user.app(APP, "python"))
             if pushed.returncode != 0:
                 raise NotMet(f"the push of the app: {pushed.stdout}{pushed.stderr}")
+        self.set_up(user)
+
+    def set_up(self, user: TrioUser) -> None:
+        """Give the user's app six jobs and a database, and set the witnesses to work. Raises NotMet."""
+        members = tuple(nodes(3))
+        self._repository = user.home / APP
+        user.flynn("-a", APP, "scale", f"web={JOBS}")
+        if "PGHOST=" not in user.flynn("-a", APP, "env"):
             user.flynn("-a", APP, "resource", "add", "postgres")
-            user.flynn("-a", APP, "scale", f"web={JOBS}")
         credentials = dict(line.partition("=")[::2] for line in user.flynn("-a", APP, "env").splitlines())
         requests = RequestWitness(members, f"{APP}.{user.domain}")
         writes = WriteWitness(members, credentials)
@@ -128,7 +140,7 @@ class Drill:
         cluster = self.cluster
         self.say(f"===== {fault.name}: {fault.what}")
         scene = Scene(cluster, self.say, self._repository)
-        began, problem = time.monotonic(), ""
+        problem = ""
         try:
             fault.procedure(scene)
         except (
@@ -148,26 +160,25 @@ class Drill:
         self.say("the fault is over")
         is_whole = True
         try:
-            until("whole", self._missing_with_progress(), WHOLE_SECONDS)
+            until("whole", MissingAloud(cluster, self.say), WHOLE_SECONDS)
         except NotMet as error:
             is_whole, problem = False, problem or str(error)
             self.say(f"NOT RECOVERED: {error}")
             self.collect(fault)
         whole_at = time.monotonic()
         lost = self._lost()
-        line = self._line(fault, scene, (began, ended, whole_at), lost, problem)
+        line = replace(self._line(fault, scene, ended, whole_at, lost, problem), whole=is_whole)
         self.lines.append(line)
         self.write_down()
         self.say("  ".join(f"{name} {value}" for name, value in zip(HEADER[1:], row(line)[1:], strict=True)))
-        if not is_whole:
-            self.say("boot the cluster anew")
-            self.tear_down()
-            down()
-            self.set_up()
         return line
 
-    def _missing_with_progress(self) -> MissingAloud:
-        return MissingAloud(self.cluster, self.say)
+    def start_over(self) -> None:
+        """Boot the cluster anew, after a fault that it did not survive."""
+        self.say("boot the cluster anew")
+        self.tear_down()
+        down()
+        self.boot()
 
     def _lost(self) -> int:
         try:
@@ -176,8 +187,7 @@ class Drill:
             self.say(f"what was written cannot be read: {error}")
             return self.cluster.writes.confirmed()  # nobody can have any of it
 
-    def _line(self, fault: Fault, scene: Scene, moments: tuple[float, float, float], lost: int, problem: str) -> Line:
-        _, ended, whole_at = moments
+    def _line(self, fault: Fault, scene: Scene, ended: float, whole_at: float, lost: int, problem: str) -> Line:
         asked = [one for one in self.cluster.requests.since(scene.struck_at) if one.at <= whole_at]
         failed = [one for one in asked if one.problem]
         late = [one for one in failed if one.at > scene.struck_at + DETECTION_SECONDS and one.node not in scene.victims]
@@ -191,7 +201,7 @@ class Drill:
             requests_failed=len(failed),
         )
         pause = self.cluster.writes.longest_pause(scene.struck_at, whole_at)
-        return Line(outcome, len(asked), len(late), pause, problem)
+        return Line(outcome, len(asked), len(late), pause, whole=True, problem=problem)
 
     def _note(self, fault: Fault, scene: Scene, failed: Sequence[Asked]) -> None:
         """Say why requests failed, and keep the list."""
@@ -231,13 +241,13 @@ class Drill:
 class MissingAloud:
     """`Cluster.missing`, saying each new reason once."""
 
-    def __init__(self, cluster: Cluster, say: object) -> None:
+    def __init__(self, cluster: Cluster, say: Callable[[str], None]) -> None:
         self._cluster, self._say, self._last = cluster, say, ""
 
     def __call__(self) -> str:
         reason = self._cluster.missing()
         if reason and reason != self._last:
-            self._say(f"  not yet: {reason[:160]}")  # type: ignore[operator]
+            self._say(f"  not yet: {reason[:160]}")
             self._last = reason
         return reason
 
@@ -255,15 +265,17 @@ def main(arguments: list[str]) -> None:
     drill = Drill()
     EVIDENCE.mkdir(parents=True, exist_ok=True)
     try:
-        drill.set_up()
+        drill.boot()
         for fault in chosen:
-            drill.run(fault)
+            line = drill.run(fault)
+            if not line.whole and fault is not chosen[-1]:
+                drill.start_over()
     finally:
         drill.tear_down()
         if drill.lines:
             (EVIDENCE / "table.md").write_text(markdown(drill.lines) + "\n")
             print(table(drill.lines))
-    bad = [line for line in drill.lines if not line.outcome.recovered or line.outcome.acknowledged_lost]
+    bad = [line for line in drill.lines if not line.survived]
     for line in bad:
         print(f"{line.outcome.fault}: {line.problem or 'acknowledged writes are lost'}")
     print(
@@ -273,8 +285,6 @@ def main(arguments: list[str]) -> None:
 
 
 def choose(only: str) -> list[Fault]:
-    from fnmatch import fnmatch
-
     patterns = [pattern for pattern in only.split(",") if pattern]
     chosen = [f for f in CATALOGUE if not patterns or any(fnmatch(f.name, pattern) for pattern in patterns)]
     if not chosen:

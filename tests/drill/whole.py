@@ -48,7 +48,7 @@ class Cluster:
     def standing(self, member: Node) -> dict[str, object]:
         """What the node's discoverd says of itself: role, leader, members, how stale it is."""
         said = ask(member, DISCOVERD_API, "/.well-known/status").json()
-        return said["data"]["detail"]  # type: ignore[index,no-any-return,call-overload]
+        return said["data"]["detail"]  # type: ignore[index,no-any-return]
 
     def jobs(self, member: Node) -> list[Running]:
         listed = ask(member, HOST_API, "/host/jobs?active=true").json()
@@ -98,12 +98,12 @@ class Cluster:
 
     def leading_job(self, service: str) -> Running:
         meta = self.directory(f"/services/{service}/leader")["meta"]
-        return self.by_id(meta["FLYNN_JOB_ID"])  # type: ignore[index,call-overload]
+        return self.by_id(meta["FLYNN_JOB_ID"])  # type: ignore[index]
 
     def database_role(self, role: str) -> Running:
         """The job of the `primary`, the `sync`, or the first `async`."""
         state = self.directory("/services/postgres/meta")["data"]
-        peer = state[role][0] if role == "async" else state[role]  # type: ignore[index,call-overload]
+        peer = state[role][0] if role == "async" else state[role]  # type: ignore[index]
         return self.by_id(peer["meta"]["FLYNN_JOB_ID"])
 
     def controller(self, path: str, router: Node) -> object:
@@ -168,7 +168,7 @@ class Cluster:
     def _status_unhealthy(self) -> Iterator[str]:
         for member in self.members:
             said = through(member, f"http://status.{self.user.domain}/", "-H", "Accept: application/json").json()
-            data = said["data"]  # type: ignore[index,call-overload]
+            data = said["data"]  # type: ignore[index]
             if data["status"] != "healthy":
                 bad = {name: part for name, part in data["detail"].items() if part["status"] != "healthy"}
                 yield f"status page: {json.dumps(bad)}"
