@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -201,6 +202,30 @@ async def test_who_is_cut_off_says_how_stale_it_is_and_keeps_what_it_knows(lab: 
         async with http.download("/services/web/instances") as (headers, _):
             assert int(headers["Discoverd-Stale"]) >= 3
     assert last.live.state.services["web"].instances  # nobody was declared down meanwhile
+
+
+async def test_a_new_node_in_place_of_a_removed_member_observes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configuration still names it as one of the first members: it calls elections until it knows better."""
+    places = lab.places(3)
+    nodes = [await lab.start(place, places) for place in places]
+    leader = await leading(*nodes)
+    lost = next(node for node in nodes if node is not leader)
+    await lost.stack.aclose()
+    async with leader.place.http() as http:
+        await http.delete(f"/raft/peers/{lost.place.http_address}")
+    for entry in lost.place.directory.iterdir():
+        if entry.name != "identity":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    monkeypatch.setattr(standing, "SILENCE", 4.0)
+    back = await lab.start(lost.place, places)
+    async with supervisor() as spawn:
+        spawn("keep", standing.keep(back.live, lost.place.identity))
+        await until(lambda: not back.live.raft.is_member)
+        await leader.create("afterwards")
+        await until(lambda: back.knows("afterwards"))
+        await back.post("/raft/promote")
+        await back.create("by-a-member")
+        assert all(node.knows("by-a-member") for node in (leader, back))
 
 
 async def test_who_was_removed_while_away_observes_when_it_is_back(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -594,12 +594,17 @@ def _(scene: Scene) -> None:
         scene.inside(leader, f"flynn-host demote --force {member.ip}")
         lab.add(member.number)
         scene.say(f"a new {member.id} has joined after {time.monotonic() - scene.struck_at:.1f} s")
-        until("its directory observes", lambda: "" if cluster.standing(member) else "nothing", 60)
+        until("its discoverd observes", lambda: _not_observing(cluster, member), 60)
         until(
             "it is promoted",
             lambda: "" if scene.inside(leader, f"flynn-host promote {member.ip}") else "no word",
             60,
         )
+
+
+def _not_observing(cluster: Cluster, member: Node) -> str:
+    standing = cluster.standing(member)
+    return "" if standing["role"] == "observer" and standing["leader"] else f"{standing['role']}"
 
 
 def heal(cluster: Cluster) -> None:

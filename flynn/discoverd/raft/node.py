@@ -291,6 +291,11 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
             raise OSError(f"cannot listen on {config.address} for Raft") from error
         if config.joining:
             self._election_not_before(JOINING_LIMIT)
+        if self.observing:
+            # It may have called elections in vain, as a member that the others had removed. Observers do not vote, so
+            # nobody would ever hear of its high term, and it would be deaf to a leader with a lower one. The ballot on
+            # the disk stays as it is, for the day it is a member again.
+            self._SyncObj__raftCurrentTerm = self._SyncObj__getCurrentLogTerm()
 
     @property
     def journal(self) -> DurableJournal:
