@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -149,13 +150,15 @@ class JobRun:
 
     def lost_volumes(self, outside: Sequence[Mounted]) -> list[str]:
         """Return where in the container a volume was whose file system has died. `outside` are the host's mounts."""
-        if self.container is None or not self.container.pid or not self._job.job.config.volumes:
+        targets = {os.path.normpath(binding.target) for binding in self._job.job.config.volumes}
+        if self.container is None or not self.container.pid or not targets:
             return []
         try:
             inside = mounts.parse(Path(f"/proc/{self.container.pid}/mountinfo").read_text())
         except OSError:
             return []  # it has ended
-        return [mount.place for mount in mounts.orphaned(inside, outside)]
+        # Only those: a job that sees more of the host's mounts need not mind that one of them has ended.
+        return [mount.place for mount in mounts.orphaned(inside, outside) if mount.place in targets]
 
     async def deregister(self) -> None:
         """Take the job's services out of discoverd now and for good."""
