@@ -37,6 +37,7 @@ ALLOWED = {
     "POST /host/tags": OPERATORS,
     "POST /host/pull/images": {"operator", "host"},
     "POST /host/update": {"operator", "host"},
+    "POST /host/pull/binaries": {"operator", "host"},
     "POST /host/drain": {"operator", "host"},
     "POST /host/tokens": {"operator", "host"},
     "GET /host/ca": set(CALLERS),

@@ -382,7 +382,7 @@ class VolumeBook:
     def _snapshot(self, volume_id: str, what: str) -> KeptVolume:
         volume = self._kept(volume_id)
         if META_SNAPSHOT_OF not in volume.info.meta:
-            raise ValidationError("", f"only a snapshot can be {what}")
+            raise ValidationError("id", f"must be that of a snapshot: only a snapshot can be {what}")
         return volume
 
     def snapshots_of(self, volume_id: str) -> list[str]:
