@@ -273,6 +273,7 @@ class Controller:
         request = ScaleRequest(
             app=target.id, release=release, state=ScaleState.PENDING, new_processes=processes, new_tags=tags
         )
+        waiting: dict[str, Job] = {}
         types = [EventType.JOB, EventType.SCALE_REQUEST, EventType.SCALE_REQUEST_CANCELATION]
         try:
             async with asyncio.timeout(timeout.total_seconds()):
@@ -283,7 +284,12 @@ class Controller:
                     async for event in events:
                         if event.object_type == EventType.JOB:
                             job = convert(event.data, Job)
-                            if on_job is not None and job.release == release:
+                            if job.release != release:
+                                continue
+                            waiting.pop(job.uuid, None)
+                            if job.waits and job.reason:
+                                waiting[job.uuid] = job
+                            if on_job is not None:
                                 on_job(job)
                             continue
                         seen = convert(event.data, ScaleRequest)
@@ -295,7 +301,8 @@ class Controller:
                             raise ScaleFailed("scale request cancelled")
         except TimeoutError:
             waited = timeout.total_seconds()
-            raise ScaleFailed(f"timed out waiting for scale to complete (waited {waited:g} seconds)") from None
+            why = "".join(f"; {job.type} is {job.state}: {job.reason}" for job in [*waiting.values()][:1])
+            raise ScaleFailed(f"timed out waiting for scale to complete (waited {waited:g} seconds){why}") from None
         raise ScaleFailed("the event stream ended")
 
     # Jobs

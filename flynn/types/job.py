@@ -39,6 +39,11 @@ class Job(Wire):
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has not been started yet."""
+        return self.state in (JobState.PENDING, JobState.BLOCKED)
+
 
 class NewJob(Wire):
     """A one-off run."""

@@ -7,13 +7,14 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from random import Random
 
 import pytest
 
 from flynn.aio.clock import SystemClock
 from flynn.aio.supervisor import TaskSet, supervisor
-from flynn.controller.client import Controller
+from flynn.controller.client import Controller, ScaleFailed
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.router.client import RouterEvent
 from flynn.scheduler.engine import Engine
@@ -166,6 +167,8 @@ async def test_a_job_that_no_host_fits_is_blocked_and_the_api_says_why(controlle
         (job,) = await controller.jobs("shop")
         assert (job.id, job.host_id, job.reason) == ("", "", "no hosts found matching job tags")
         assert [listed.state for listed in await controller.active_jobs()] == ["blocked"]
+        with pytest.raises(ScaleFailed, match=r"; web is blocked: no hosts found matching job tags$"):
+            await controller.scale("shop", shop.release.id, {"web": 2}, timeout=timedelta(seconds=2))
 
 
 async def test_deleting_a_formation_stops_its_jobs(controller: Controller, shop: Shop) -> None:

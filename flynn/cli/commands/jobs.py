@@ -68,7 +68,6 @@ Options:
     --mounts-from <proc>     copy mounts from the given process type
 """  # noqa: E501  # usage lines are contract
 
-WAITING_STATES = ("pending", "blocked")
 SHOWN_STATES = ("up", "pending", "blocked")
 GIT_INIT = "/runner/init"
 NEVER = datetime.min.replace(tzinfo=UTC)
@@ -93,7 +92,7 @@ async def ps(context: Context, all: bool, command: bool, quiet: bool, type: str 
         show(table(rows), end="")
         for job in jobs:
             # Beside the table, which scripts read.
-            if job.state in WAITING_STATES and job.reason and (not type or job.type == type):
+            if job.waits and job.reason and (not type or job.type == type):
                 say(f"{job.id or job.uuid} ({job.type}) is {job.state}: {job.reason}")
 
 
