@@ -93,8 +93,16 @@ def _measure(ours: int, bare: int) -> list[Row]:
             peer=rate[bare],
             unit="requests/s",
             budget=1 / MIN_REQUESTS_RATIO,
+            against="bare HAProxy",
         ),
-        Row(name="router: small requests, p99", ours=p99[ours], peer=p99[bare], unit="ms", budget=MAX_P99_RATIO),
+        Row(
+            name="router: small requests, p99",
+            ours=p99[ours],
+            peer=p99[bare],
+            unit="ms",
+            budget=MAX_P99_RATIO,
+            against="bare HAProxy",
+        ),
     ]
 
 
