@@ -198,7 +198,13 @@ class HostApi:
         await self._node.configure_network(await request.body(NetworkConfig))
 
     async def _resource_check(self, request: Request) -> dict[str, Any]:
-        conflicts = [port for port in (await request.body(ResourceCheck)).ports if not is_free(port)]
+        ports = (await request.body(ResourceCheck)).ports
+        for position, port in enumerate(ports):
+            if not 0 < port.port < 65536:
+                raise ValidationError(f"ports[{position}].port", f"cannot be {port.port}")
+            if port.proto not in ("tcp", "udp", ""):
+                raise ValidationError(f"ports[{position}].proto", "must be tcp or udp")
+        conflicts = [port for port in ports if not is_free(port)]
         if conflicts:
             raise Conflict("Conflicting resources found", {"ports": conflicts})
         return {}
@@ -226,15 +232,11 @@ class HostApi:
 
     async def _pull_images(self, request: Request) -> EventStream:
         # The body, the asker's own idea of whom to trust, is not looked at: that is this host's affair.
-        if not request.query("repository"):
-            raise ValidationError("repository", "must be set")
-        return EventStream(self._releases.pull(request.query("repository"), request.query("version")))
+        return EventStream(self._releases.pull(*_release(request)))
 
     async def _pull_binaries(self, request: Request) -> dict[str, str]:
         # Nor where the asker wants to have it: programs go beside the one that runs, links are moved by an update.
-        if not request.query("repository"):
-            raise ValidationError("repository", "must be set")
-        return await self._releases.pull_program(request.query("repository"), request.query("version"))
+        return await self._releases.pull_program(*_release(request))
 
     # Volumes
 
@@ -299,6 +301,16 @@ async def _volume_request(request: Request) -> VolumeRequest:
     """The body, of any content type; none is fine."""
     raw = await request.raw()
     return decode(raw, VolumeRequest) if raw.strip() else VolumeRequest()
+
+
+def _release(request: Request) -> tuple[str, str]:
+    """Return the repository and the version (empty: what it recommends) that a request names."""
+    repository, version = request.query("repository"), request.query("version")
+    if not repository.strip() or not repository.isprintable():
+        raise ValidationError("repository", "must be set to a directory or a URL")
+    if re.fullmatch(r"[A-Za-z0-9._-]*", version) is None:
+        raise ValidationError("version", f"cannot be {version!r}")
+    return repository, version
 
 
 def is_free(port: ResourceCheckPort) -> bool:

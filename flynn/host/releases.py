@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flynn.host.download.errors import DownloadFailed
-from flynn.types.errors import ApiError
+from flynn.types.errors import ApiError, PreconditionFailed
 from flynn.types.host import ImagePullInfo
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Releases:
     async def pull_program(self, repository: str, version: str) -> dict[str, str]:
         """Have the program of a release on this host, beside the one that runs; returns the paths of its commands.
 
-        Raises `ApiError`.
+        Raises `PreconditionFailed`: there is no such release, or it is not trusted.
         """
         from flynn.host.download.program import install
         from flynn.host.download.pull import wanted_version
@@ -81,7 +81,7 @@ class Releases:
             finally:
                 source.cut()
         except DownloadFailed as error:
-            raise ApiError(str(error)) from error
+            raise PreconditionFailed(str(error)) from error
 
     def _trusted(self, repository: str) -> TrustedRepository:
         from flynn.host.download.trust import ROOT_FILE, TrustedRepository
