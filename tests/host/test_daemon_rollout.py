@@ -106,6 +106,9 @@ async def test_a_release_takes_the_place_of_a_daemon_by_one_command(
         assert failed.returncode == 1 and "gave way to the one before" in failed.stderr
         assert (await host.status()).version == NEW and links(node)["flynn-host"] == str(programs / "flynn-host")
         assert (await host.job(wanted.id)).pid == first.pid
+        # What ran before the program that runs is not needed any more.
+        await host.pull_program(str(maker.out), OLD)
+        assert {path.name for path in programs.parent.parent.iterdir()} == {".lock", OLD, NEW}
         await host.stop_job(wanted.id)
 
 

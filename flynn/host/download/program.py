@@ -7,7 +7,9 @@ What is installed comes from the repository alone, by its signatures; no package
 
 from __future__ import annotations
 
+import fcntl
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,16 @@ def install(repository: TrustedRepository, version: str, programs: Path) -> dict
         DownloadFailed: also when the program is not for this machine, or does not run on it.
     """
     version = checked_version(version)
+    try:
+        programs.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with (programs / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one installation at a time
+            return _installed(repository, version, programs)
+    except OSError as error:
+        raise DownloadFailed(f"{programs}: {error.strerror or error}") from error
+
+
+def _installed(repository: TrustedRepository, version: str, programs: Path) -> dict[str, str]:
     directory = programs / version
     if not _complete(directory, version):
         program = _read(repository, version)
@@ -55,12 +67,19 @@ def install(repository: TrustedRepository, version: str, programs: Path) -> dict
             said = _run([str(directory / "bin/flynn-host"), "--help"])
             if "daemon" not in said:
                 raise DownloadFailed(f"the program of {version} does not run: {said[-500:]}")
+            os.sync()  # the stamp says that all of it is there, also after a power cut
             (directory / STAMP).write_text(f"{version}\n")
-        except OSError as error:
-            raise DownloadFailed(f"{directory}: {error.strerror or error}") from error
+            _prune(programs, {directory, Path(sys.prefix)})
         finally:
             shutil.rmtree(wheels, ignore_errors=True)
     return {name: str(directory / "bin" / name) for name in PROGRAMS}
+
+
+def _prune(programs: Path, keep: set[Path]) -> None:
+    """Remove all but the newest program and the one that runs, to which the newest may have to give way."""
+    for found in programs.iterdir():
+        if found.is_dir() and found not in keep:
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def _complete(directory: Path, version: str) -> bool:
