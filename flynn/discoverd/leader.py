@@ -12,13 +12,14 @@ def leader_of(leader_type: str, chosen: str, instances: Mapping[str, Instance]) 
 
     `chosen` is the id somebody named. In a manual service only that one can lead, and only while it is there: the id
     survives the absence of its instance. In every other service it wins until the next change of membership (which
-    clears it), and without it the instance registered first leads.
+    clears it), and without it the instance registered first leads. `instances` are in the order of their registration,
+    as a dictionary is that grows at its end.
     """
     if chosen in instances:
         return instances[chosen]
     if leader_type == LeaderType.MANUAL:
         return None
-    return min(instances.values(), key=lambda instance: instance.index, default=None)
+    return next(iter(instances.values()), None)
 
 
 def chosen_after_change(leader_type: str, chosen: str) -> str:

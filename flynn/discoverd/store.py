@@ -28,7 +28,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One service. `chosen_leader` is an id somebody named, which need not (or not yet) be registered."""
 
     leader_type: str = LeaderType.OLDEST
-    instances: dict[str, Instance] = {}
+    instances: dict[str, Instance] = {}  # in the order of their registration, so by rising index
     chosen_leader: str = ""
     meta: ServiceMeta | None = None
     had_instances: bool = False  # tells "gone already" from "never there" when an instance is removed twice
@@ -39,7 +39,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def sorted_instances(self) -> list[Instance]:
-        return sorted(self.instances.values(), key=lambda instance: instance.index)
+        return list(self.instances.values())
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from pysyncobj.transport import TCPTransport
 
 from flynn.discoverd.raft import compression
 from flynn.discoverd.raft.journal import DurableJournal, write_durably
+from flynn.discoverd.raft.seal import Seal
 from flynn.discoverd.raft.snapshot import Snapshot
 from flynn.types.errors import ServiceUnavailable
 
@@ -100,6 +102,7 @@ class RaftNode:
         self._machine = machine
         self._on_leadership: Callable[[bool], None] = lambda _: None
         self._stopping = threading.Event()
+        self._calls: deque[Callable[[], None]] = deque()  # for the thread, which alone may speak to the others
         self._member = _Member(config, machine, self._state_changed)
         self._thread = threading.Thread(target=self._tick_until_stopped, name="raft", daemon=True)
 
@@ -174,7 +177,13 @@ class RaftNode:
 
     async def _asked_to_lead(self) -> bool:
         outcome: asyncio.Future[Any] = self._loop.create_future()
-        self._member.transferLeadership(callback=lambda result, reason: self._post(_settle, outcome, result, reason))
+
+        def ask() -> None:
+            self._member.transferLeadership(
+                callback=lambda result, reason: self._post(_settle, outcome, result, reason)
+            )
+
+        self._calls.append(ask)
         try:
             await outcome
         except NotReplicated:
@@ -204,6 +213,8 @@ class RaftNode:
         member = self._member
         try:
             while not self._stopping.is_set():
+                while self._calls:
+                    self._calls.popleft()()
                 before = member.position
                 member.doTick(0.0)
                 member.persist()
@@ -253,6 +264,12 @@ def _create_journal(path: str | None) -> object:
 # The constructor of SyncObj makes its journal itself and reads term and log from it: no other way to give it ours.
 pysyncobj.syncobj.createJournal = _create_journal
 pysyncobj.tcp_connection.zlib = compression
+pysyncobj.syncobj.getEncryptor = Seal
+# Its own clock is another one than everybody's (CLOCK_MONOTONIC_RAW), and drifts away from the deadlines set here.
+pysyncobj.syncobj.monotonicTime = time.monotonic
+# Nodes are keys of everything it looks at, many times in each tick; by themselves they compare by way of an abc.
+TCPNode.__hash__ = lambda self: hash(self._id)
+TCPNode.__eq__ = lambda self, other: self is other or (type(other) is TCPNode and self._id == other._id)
 
 
 class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
@@ -263,6 +280,7 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         members = {*(self._members_known or config.peers), *([config.address] if config.joining else ())}
         self.observing = config.address not in members
         self._joining = config.joining
+        self._others_known: set[Any] | None = None  # as far as the file of members is concerned
         self.keep_tail = False
         self._sending_due = False
         self.heard = time.monotonic()
@@ -316,13 +334,18 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
 
     def persist(self) -> None:
         """Put on disk what happened since the last call, membership first: too many members are safe, too few not."""
-        members = self.members
-        if members != self._members_known and not self._joining:
+        others = self._SyncObj__otherNodes
+        if others != self._others_known and not self._joining:
+            self._others_known = set(others)
+            self._keep_members(self.members)
+        self.journal.sync()
+
+    def _keep_members(self, members: frozenset[str]) -> None:
+        if members != self._members_known:
             write_members(self._members_file.parent, members)
             self._members_known = members
             for name, seconds in _pace(alone=len(members) == 1).items():
                 setattr(self.conf, name, seconds)  # it is looked at each time
-        self.journal.sync()
 
     @property
     def patience(self) -> float:
