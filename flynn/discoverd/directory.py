@@ -138,6 +138,8 @@ class LiveDirectory:
         if self._heartbeats.since is None:
             raise ServiceUnavailable("this member does not lead (yet)")
         key = (name, instance.id)
+        # Before and after it is committed: in between it is there to be found overdue.
+        self._heartbeats.hear(key, self._clock.monotonic())
         known = service.instances.get(instance.id)
         # A heartbeat that meets its own expiry comes too late: it must go into the log behind it, as a registration.
         if known is None or key in self._expiring or not store.same_registration(known, instance):

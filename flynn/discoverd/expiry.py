@@ -63,7 +63,7 @@ class Heartbeats:
         """The registrations that have been silent for longer than the time to live, or nobody while not leading."""
         if self.since is None:
             return []
-        self._forget_departed(state)
+        self._forget_departed(state, now)
         limit = now - self.ttl.total_seconds()
         return [
             Expired(name, instance.id, instance.index)
@@ -72,9 +72,11 @@ class Heartbeats:
             if max(self.heard.get((name, instance.id), self._granted), self._granted) < limit
         ]
 
-    def _forget_departed(self, state: Directory) -> None:
+    def _forget_departed(self, state: Directory, now: float) -> None:
+        """Whoever is not registered may be about to be: what was heard of him lately still counts then."""
+        recent = now - self.ttl.total_seconds()
         self.heard = {
             (name, instance_id): at
             for (name, instance_id), at in self.heard.items()
-            if (service := state.services.get(name)) is not None and instance_id in service.instances
+            if at > recent or ((service := state.services.get(name)) is not None and instance_id in service.instances)
         }

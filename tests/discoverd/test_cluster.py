@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from flynn.aio.clock import SystemClock
+from flynn.aio.supervisor import supervisor
+from flynn.discoverd import expiry
 from flynn.discoverd.api import DiscoverdApi
 from flynn.discoverd.directory import LiveDirectory
 from flynn.http.client import HttpClient, KeyAuth
@@ -93,6 +95,32 @@ async def test_silent_instances_expire_and_talking_ones_stay(place: Place) -> No
             (EventKind.DOWN, A.id),
             (EventKind.LEADER, B.id),
         ]
+
+
+@pytest.mark.slow
+async def test_nobody_expires_at_the_moment_of_registration(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registration is there as soon as it is committed, which is before whoever asked for it is told."""
+    monkeypatch.setattr(expiry, "CHECK_EVERY", timedelta(milliseconds=1))
+    loop = asyncio.get_running_loop()
+    registered: dict[str, float] = {}
+    lived: list[float] = []
+    async with member(place, ttl=timedelta(seconds=1)) as live, place.client() as client, supervisor() as spawn:
+        await client.create("web")
+
+        async def note_departures() -> None:
+            async with aclosing(live.watch("web")) as events:
+                async for event in events:
+                    if event.kind is EventKind.DOWN and event.instance is not None:
+                        lived.append(loop.time() - registered[event.instance.id])
+
+        spawn("note departures", note_departures())
+        await asyncio.sleep(1.1)  # from now on nobody profits from the grace of a new leader
+        for n in range(200):
+            one = Instance.at(f"10.0.{n}.1:80", "http")
+            registered[one.id] = loop.time()
+            await live.put_instance("web", one)
+        await until(lambda: len(lived) == len(registered))
+    assert min(lived) > 0.9
 
 
 class Interrupted(SystemClock):

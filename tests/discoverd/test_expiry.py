@@ -75,4 +75,6 @@ def test_heartbeats_of_the_departed_are_forgotten() -> None:
     heartbeats = leading(0, a=1.0, z=1.0)
     heartbeats.hear(("gone", "a"), 1.0)
     heartbeats.overdue(STATE, 2)
+    assert ("web", "z") in heartbeats.heard, "who has just been heard may be about to be registered"
+    heartbeats.overdue(STATE, 12)
     assert heartbeats.heard == {("web", "a"): 1.0}
