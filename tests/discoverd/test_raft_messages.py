@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pysyncobj.node import TCPNode
 
+from flynn.discoverd.raft.journal import DurableJournal
 from flynn.discoverd.raft.node import RaftConfig, _Member
 from tests.discoverd.harness import loopback_address
 
@@ -31,12 +32,18 @@ class Machine:
 
 
 class Follower:
-    def __init__(self, directory: Path) -> None:
+    """A member that follows, or an observer."""
+
+    def __init__(self, directory: Path, *, observing: bool = False) -> None:
         self.leaders = [TCPNode(f"{loopback_address()}:1110") for _ in range(2)]
+        own = f"{loopback_address()}:1110"
+        members = [*self.leaders, *([] if observing else [TCPNode(own)])]
         config = RaftConfig(
-            address=f"{loopback_address()}:1110", peers=[node.address for node in self.leaders], directory=directory,
+            address=own,
+            peers=[node.address for node in members],
+            directory=directory,
             password="secret of the test",
-        )  # fmt: skip
+        )
         self.member = _Member(config, Machine(), lambda old, new: None)
         self.sent: list[dict[str, Any]] = []
         self.transport = self.member._SyncObj__transport
@@ -127,6 +134,32 @@ def test_a_gap_or_another_past_is_refused(follower: Follower) -> None:
     assert follower.told(1, (9, 1), entries(10, 11, 1), commit=11)["reset"] is True
     assert follower.told(2, (5, 2), entries(6, 6, 2), commit=6)["reset"] is True
     assert (follower.log, follower.committed) == (entries(2, 5, 1), 2)
+
+
+def test_an_observer_follows_whoever_leads_and_keeps_its_ballot(tmp_path: Path) -> None:
+    """It was a member once, was removed while it was away, and has called elections that nobody listened to."""
+    before = Follower(tmp_path)
+    before.member._SyncObj__setCurrentTerm(7, "somebody")
+    before.member._doDestroy()
+    observer = Follower(tmp_path, observing=True)
+    heard = observer.member.heard = -1.0
+    try:
+        assert observer.told(3, START, entries(2, 4, 3), commit=4)["success"] is True
+        assert (observer.log, observer.committed) == (entries(2, 4, 3), 4)
+        assert observer.member.heard > heard
+        assert observer.told(7, (4, 3), entries(5, 5, 7), commit=5)["success"] is True
+    finally:
+        observer.member._doDestroy()
+    journal = DurableJournal(tmp_path / "raft.log")
+    assert (journal.getCurrentTerm(), journal.getVotedForNodeId()) == (7, "somebody")
+
+
+def test_a_member_does_not_hear_a_leader_of_the_past(follower: Follower) -> None:
+    follower.told(2, START, entries(2, 4, 2), commit=4)
+    follower.member.heard = -1.0
+    with pytest.raises(IndexError):
+        follower.told(1, START, entries(2, 9, 1), commit=9)  # it is not even answered
+    assert (follower.log, follower.member.heard) == (entries(2, 4, 2), -1.0)
 
 
 def test_the_last_part_of_a_large_entry_commits_no_more_than_that(follower: Follower) -> None:

@@ -126,8 +126,9 @@ class DurableJournal(Journal):  # type: ignore[misc]  # the library has no types
         return 1
 
     def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:
-        if (term, votedForNodeId is not None) < (self._ballot.term, self._ballot.voted_for is not None):
-            return  # an observer, which has put its term aside: see `_Member`
+        """Remember a term and the vote given in it. A vote stays given, also when an observer has put its term aside."""
+        if term < self._ballot.term or (term == self._ballot.term and votedForNodeId is None):
+            return
         self._ballot = Ballot(term, votedForNodeId)
         write_durably(self._ballot_path, msgspec.json.encode(self._ballot))
 

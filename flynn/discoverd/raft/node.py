@@ -354,6 +354,11 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
             return WAIT
         return WAIT_ALONE if self._isLeader() else WAIT_BEFORE_ELECTION
 
+    def hear(self, term: int) -> None:
+        """A leader has spoken: one of the past is not listened to, and does not make us less blind."""
+        if term >= self.raftCurrentTerm:
+            self.heard = time.monotonic()
+
     def news_in(self, message: dict[str, Any]) -> dict[str, Any]:
         """A leader's message without the entries that we have, and with no more committed than it speaks for.
 
@@ -443,7 +448,7 @@ class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no type
         """
         kind = message.get("type") if isinstance(message, dict) else None
         if kind == "append_entries":
-            self._syncObj.heard = time.monotonic()
+            self._syncObj.hear(message["term"])
             message = self._syncObj.news_in(message)
         following = self._syncObj.next_index.get(node, 0)
         super()._onMessageReceived(node, message)
