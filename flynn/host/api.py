@@ -26,6 +26,7 @@ from flynn.identity.access import ANYONE, INSIDERS, access
 from flynn.types.codec import Wire, always, decode, replace
 from flynn.types.errors import ApiError, Conflict, ObjectExists, ServiceUnavailable, ValidationError
 from flynn.types.host import (
+    META_APP,
     TERM_HEADER,
     ActiveJob,
     AttachReq,
@@ -33,6 +34,7 @@ from flynn.types.host import (
     HostCommand,
     HostJob,
     HostStatus,
+    JobStats,
     NetworkConfig,
     ResourceCheck,
     ResourceCheckPort,
@@ -92,6 +94,7 @@ class HostApi:
         api.route("DELETE", "/host/jobs/{id}", self._fenced(self._stop_job), allow=JOB_MAKERS)
         api.route("PUT", "/host/jobs/{id}/signal/{signal}", self._signal_job, allow=JOB_MAKERS)
         api.route("PUT", "/host/jobs/{id}/discoverd-deregister", self._fenced(self._deregister_job), allow=OPERATORS)
+        api.route("GET", "/host/jobs/{id}/stats", self._job_stats, allow=JOB_MAKERS)
         api.route("POST", "/attach", self._attach, allow=JOB_MAKERS)
         api.route("GET", "/host/status", self._status, allow=READERS)
         api.route("POST", "/host/discoverd", self._configure_discoverd, allow=DIRECTORIES)
@@ -141,10 +144,11 @@ class HostApi:
     async def _jobs(self, request: Request) -> dict[str, ActiveJob] | EventStream:
         if request.accepts_events:
             return await _job_events(request, self._book.events)
-        jobs = self._book.jobs
-        if request.query("active") == "true":
-            return {job_id: job for job_id, job in jobs.items() if not job.status.down}
-        return dict(jobs)
+        active, app = request.query("active") == "true", request.query("app")
+        return {
+            job_id: job for job_id, job in self._book.jobs.items()
+            if not (active and job.status.down) and (not app or job.job.metadata.get(META_APP) == app)
+        }  # fmt: skip
 
     async def _job(self, request: Request) -> ActiveJob | EventStream:
         job_id = request.path("id")
@@ -159,6 +163,9 @@ class HostApi:
 
     async def _stop_job(self, request: Request) -> None:
         await self._runner.stop(request.path("id"))
+
+    async def _job_stats(self, request: Request) -> JobStats:
+        return self._runner.stats(request.path("id"))
 
     async def _signal_job(self, request: Request) -> None:
         if _INTEGER.fullmatch(number := request.path("signal")) is None:  # `int` takes other scripts' digits, too
@@ -186,7 +193,8 @@ class HostApi:
     async def _metrics(self, request: Request) -> Raw:
         from prometheus_client import generate_latest  # Costs memory, and most hosts are never scraped.
 
-        return Raw(generate_latest() + self._node.metrics().encode(), "text/plain; version=0.0.4")
+        ours = self._node.metrics() + self._runner.exposition()
+        return Raw(generate_latest() + ours.encode(), "text/plain; version=0.0.4")
 
     async def _status(self, request: Request) -> HostStatus:
         return self._node.status()

@@ -26,6 +26,7 @@ from flynn.types.host import (
     HostStatus,
     ImagePullInfo,
     JobEvent,
+    JobStats,
     NetworkConfig,
     ResourceCheck,
     ResourceCheckPort,
@@ -119,6 +120,10 @@ class HostClient:
     async def job(self, job_id: str) -> ActiveJob:
         """Return one job, also one no longer listed. Raises `NotFound`."""
         return await self._http.get(f"/host/jobs/{job_id}", answer=ActiveJob)
+
+    async def stats(self, job_id: str) -> JobStats:
+        """Measure a job. Raises `NotFound`, or `Conflict` for one that is down or has no container yet."""
+        return await self._http.get(f"/host/jobs/{job_id}/stats", answer=JobStats)
 
     async def add_job(self, job: HostJob) -> None:
         """Have the host run `job`; returns when it is recorded, before it runs. Everything later is an event.

@@ -101,6 +101,16 @@ class ActiveJob(Wire):
     error: str | None = None
 
 
+class JobStats(Wire):
+    """What a job with a container uses at this moment."""
+
+    memory_bytes: int = always(0)  # files it has read or written included, as far as the kernel keeps them for it
+    memory_limit_bytes: int | None = always(None)
+    cpu_seconds: float = always(0.0)  # since its start
+    processes: int = always(0)
+    oom_kills: int = always(0)
+
+
 class JobEventKind(StrEnum):
     CREATE = "create"
     START = "start"

@@ -25,6 +25,7 @@ OPERATORS = {"operator", "host", "controller"}
 ALLOWED = {
     "GET /host/jobs": MAKERS,
     "GET /host/jobs/{id}": MAKERS,
+    "GET /host/jobs/{id}/stats": MAKERS,
     "PUT /host/jobs/{id}": MAKERS,
     "DELETE /host/jobs/{id}": MAKERS,
     "PUT /host/jobs/{id}/signal/{signal}": MAKERS,

@@ -215,8 +215,8 @@ async def test_the_client_follows_through_broken_connections_and_says_when_it_ca
                     while len(seen) < 4 * (jobs.index(wanted) + 1):
                         seen.append(await anext(events))
                 assert [(one.job_id, one.event) for one in seen] == [(j.id, kind) for j in jobs for kind in kinds]
-                await asyncio.to_thread(machine.end)
-                await asyncio.to_thread(machine.start)
+                machine.end()
+                machine.start()
                 with pytest.raises(PreconditionFailed):
                     await anext(events)
     async with machine.client() as again:

@@ -331,7 +331,7 @@ async def test_what_is_missing_is_started_again_from_its_records(
 async def test_a_dead_daemon_is_said_and_can_be_looked_into(
     machine: TestMachine, host: HostClient, running: HostJob, tmp_path: Path
 ) -> None:
-    await asyncio.to_thread(machine.end, signal.SIGKILL)
+    machine.end(signal.SIGKILL)
     try:
         dead = await tool(machine, "ps")
         assert dead.returncode == 1
@@ -348,5 +348,5 @@ async def test_a_dead_daemon_is_said_and_can_be_looked_into(
         assert running.id in text
         assert "s3cret-value" not in text
     finally:
-        await asyncio.to_thread(machine.start)
+        machine.start()
     assert (await host.job(running.id)).status is JobStatus.RUNNING
