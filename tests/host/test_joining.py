@@ -62,7 +62,7 @@ class Cluster:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         self.ca.issue_host("node1", ["127.0.0.1"]).write(self.directory)
-        parts: dict[str, Any] = dict.fromkeys(("book", "runner", "attachments", "volumes", "sinks", "releases"))
+        parts: dict[str, Any] = dict.fromkeys(("book", "runner", "attachments", "volumes", "sinks", "releases", "update"))
         self.served = self.joining()
         api = HostApi(node=cast(Any, self), joining=self.served, **parts).api()
         identity = Identity.load(self.directory)
@@ -216,7 +216,7 @@ async def test_one_who_shows_the_right_authority_but_has_no_certificate_of_it_ge
     impostor = Cluster(tmp_path / "impostor", cluster.store)
     impostor.ca.issue_host("node1", ["127.0.0.1"]).write(impostor.directory)
     joining = cluster.joining()
-    parts: dict[str, Any] = dict.fromkeys(("book", "runner", "attachments", "volumes", "sinks", "releases"))
+    parts: dict[str, Any] = dict.fromkeys(("book", "runner", "attachments", "volumes", "sinks", "releases", "update"))
     api = HostApi(node=cast(Any, cluster), joining=joining, **parts).api()
     identity = Identity.load(impostor.directory)
     async with listen(api, "127.0.0.1", 0, tls=identity, require_client=False) as (host, port):

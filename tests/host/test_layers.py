@@ -161,7 +161,7 @@ async def test_a_layer_of_a_repository_is_fetched_by_its_signature(tmp_path: Pat
         size=layer.length,
         hashes=layer.hashes,
     )
-    releases = Releases(tmp_path / "state", tmp_path / "config")
+    releases = Releases(tmp_path / "state", tmp_path / "config", tmp_path / "programs")
     layers = LayerStore(tmp_path / "state/layers", _no_client, tasks, released=releases)
     assert (await layers.ensure(spec)).read_bytes() == CONTENT
     with pytest.raises(LayerError, match="has not signed any"):
