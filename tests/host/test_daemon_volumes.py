@@ -224,6 +224,38 @@ async def test_every_operation_over_http(pair: Pair, hosts: Hosts, image: Mounts
     assert [(one.id, one.kind, one.trouble) for one in status.volumes] == [("default", machine.provider, "")]
 
 
+async def test_a_reader_of_events_that_stands_still_stalls_nobody(pair: Pair, hosts: Hosts) -> None:
+    if pair.one.provider == "zfs":
+        pytest.skip("the same book, only slower")
+    identity, machine = Identity.load(pair.one.state / "identity"), pair.one
+    context = identity.client_context()
+    context.check_hostname = False
+    stuck_reader, stuck = await asyncio.open_connection(machine.ip, 1113, ssl=context, limit=1024)
+    stuck.write(b"GET /storage/volumes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n")
+    assert b"200" in await stuck_reader.readline()  # and never reads again
+    rounds, padding = 150, "x" * 8000  # two megabytes of events: more than the sockets between them hold
+    try:
+        async with HttpClient(f"https://{machine.ip}:1113", tls=identity) as http:
+            async with http.subscribed("/storage/volumes", VolumeEvent) as events:
+                seen: list[str] = []
+
+                async def follow() -> None:
+                    async for event in events:
+                        seen.append(event.type)
+                        if len(seen) == 2 * rounds:
+                            return
+
+                following = asyncio.ensure_future(follow())
+                async with asyncio.timeout(120):
+                    for _ in range(rounds):
+                        made = await hosts.one.create_volume(VolumeRequest(meta={"padding": padding}))
+                        await hosts.one.destroy_volume(made.id)
+                    await following
+        assert seen == ["create", "destroy"] * rounds
+    finally:
+        stuck.transport.abort()
+
+
 async def test_a_volume_keeps_to_its_size(pair: Pair, hosts: Hosts, image: Mountspec) -> None:
     if pair.one.provider != "zfs":
         pytest.skip("directories cannot be limited")

@@ -19,6 +19,8 @@ from flynn.host.jobs import room
 from flynn.host.jobs.room import Disk
 from flynn.host.logs.files import LogDirectory
 from flynn.host.state import StateStore, save_setting
+from flynn.host.volumes.provider import Unavailable
+from flynn.host.volumes.spool import spooled
 from flynn.http.client import HttpClient
 from flynn.identity import Identity
 from flynn.types.errors import ServiceUnavailable, ValidationError
@@ -144,6 +146,17 @@ class TestFullDisk:
             assert store.setting("a", str) == "b"
         finally:
             store.close()
+
+    async def test_what_is_received_does_not_eat_the_reserve(self, small: Path) -> None:
+        async def endless() -> AsyncIterator[bytes]:
+            while True:
+                yield bytes(MIB)
+
+        with pytest.raises(Unavailable, match="no room to receive it"):
+            async with spooled(endless(), small):
+                pass
+        found = os.statvfs(small)
+        assert found.f_bavail * found.f_frsize > 32 * MIB, "and nothing is left"
 
     def test_a_log_has_no_half_records(self, small: Path) -> None:
         log = LogDirectory(small).app("a")

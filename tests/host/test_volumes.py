@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -195,6 +196,45 @@ class TestZfs:
         await pool.destroy(f"{POOL}/data/{one}x")
         assert target in await pool.collect({"target": moved, three: shown, "source": source, one: first, two: second})
         assert (await pool.mount(moved) / "small").read_text() == "x"
+
+    async def test_a_pool_that_is_full_says_so_and_recovers(self, tmp_path: Path, store: StateStore) -> None:
+        if no_zfs():
+            pytest.skip("no ZFS here")
+        if fuse.needed():
+            await fuse.ensure_daemon(PatientThreads())
+        file = tmp_path / "volumes" / "vdev" / f"{POOL}-zpool.vdev"
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as vdev:
+            vdev.truncate(128 * MIB)
+        await run("zpool", "create", "-f", "-m", "none", POOL, str(file))
+        try:
+            provider = ZfsProvider(POOL, tmp_path / "volumes")
+            volumes = VolumeBook(store, {"default": provider}, SystemClock(), set, lambda: str(uuid4()))
+            await volumes.open()
+            made = await volumes.create("default", VolumeRequest())
+            path = await volumes.mounted(made.id)
+            with pytest.raises(OSError, match="No space left"), (path / "big").open("wb", buffering=0) as big:
+                while True:
+                    big.write(os.urandom(MIB))
+
+            async def until(trouble: bool) -> None:
+                async with asyncio.timeout(60):
+                    while bool(volumes.status()[0].trouble) is not trouble:
+                        await volumes._look_at("default")
+                        await asyncio.sleep(0.2)
+
+            await until(trouble=True)
+            with pytest.raises(ServiceUnavailable, match="the storage is full"):
+                await volumes.create("default", VolumeRequest())
+            (path / "big").unlink()
+            await until(trouble=False)
+            async with asyncio.timeout(60):  # what was deleted is free some transactions later
+                while len(volumes.all()) < 2:
+                    with contextlib.suppress(ServiceUnavailable):
+                        await volumes.create("default", VolumeRequest())
+                    await asyncio.sleep(0.2)
+        finally:
+            await zfs.destroy_pool(POOL)
 
     async def test_what_was_begun_and_never_recorded_is_collected(self, pool: ZfsProvider) -> None:
         place = await pool.create("v1")

@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
-from typing import IO
 
 from flynn.host.volumes.commands import end, failure, run
 from flynn.host.volumes.provider import BadStream, Condition, VolumeError, VolumeGone
+from flynn.host.volumes.spool import spooled
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +121,7 @@ class DirectoryProvider:
             await end(process)
 
     async def receive(self, place: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> tuple[str, str]:
-        with tempfile.TemporaryFile(dir=self._directory) as spool:
-            await _spool(stream, spool)
+        async with spooled(_archive(stream), self._directory) as spool:
             growing = self._directory / f"{GROWING}{snapshot_id}"
             try:
                 await asyncio.to_thread(growing.mkdir)
@@ -152,8 +149,8 @@ class DirectoryProvider:
         await asyncio.to_thread(swap)
 
 
-async def _spool(stream: AsyncIterator[bytes], spool: IO[bytes]) -> None:
-    """Write an archive to a file, rewound, without header and digest. Raises `BadStream` when they are not right."""
+async def _archive(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Take header and digest off. Raises `BadStream` when they are not right."""
     digest, head, held = hashlib.sha256(), b"", b""
     async for chunk in stream:
         if len(head) < len(HEADER):
@@ -164,8 +161,6 @@ async def _spool(stream: AsyncIterator[bytes], spool: IO[bytes]) -> None:
         held += chunk
         ready, held = held[:-DIGEST_BYTES], held[-DIGEST_BYTES:]
         digest.update(ready)
-        await asyncio.to_thread(spool.write, ready)
+        yield ready
     if head != HEADER or digest.digest() != held:
         raise BadStream("the snapshot is cut short")
-    await asyncio.to_thread(spool.flush)
-    os.lseek(spool.fileno(), 0, os.SEEK_SET)

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from uuid import UUID
@@ -19,6 +18,7 @@ from flynn.host.volumes import fuse, mounts
 from flynn.host.volumes.commands import NoAnswer, end, failure, run
 from flynn.host.volumes.patience import PatientThreads
 from flynn.host.volumes.provider import BadStream, Condition, Unavailable, VolumeBusy, VolumeError, VolumeGone
+from flynn.host.volumes.spool import spooled
 
 log = logging.getLogger(__name__)
 
@@ -276,10 +276,7 @@ class ZfsProvider:
     async def receive(self, place: str, snapshot_id: str, stream: AsyncIterator[bytes]) -> tuple[str, str]:
         """Received into a file first: a stream that breaks off must not touch the volume, and zfs-fuse needs a file
         (it takes a short read from a pipe for an error, and cannot read from the socket that asyncio would give it)."""
-        with tempfile.TemporaryFile(dir=self._directory) as spool:
-            async for chunk in stream:
-                await asyncio.to_thread(spool.write, chunk)
-            await asyncio.to_thread(spool.flush)
+        async with spooled(stream, self._directory) as spool:
             difference = _is_difference(spool.fileno())
             into = place
             if not difference and await self._has_snapshots(place):
