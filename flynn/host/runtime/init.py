@@ -45,6 +45,7 @@ SOCKET = "init.sock"
 EXIT_FILE = "exit"
 REST_PREFIX = "rest."
 EXIT_BYTES = 512
+PIPE_BYTES = 256 << 10  # the job and the daemon then need not take turns; only what is in it takes memory
 ABANDONED_MS = 60_000  # a daemon that died between create and resume is back in seconds, or does not know of this one
 OOM_RECHECKS = 10  # v1 announces before it kills; the counter is read again each 100 ms
 FORWARDED = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "WINCH", "CONT", "ALRM", "PIPE")
@@ -191,6 +192,8 @@ class Init:
                 os.fchown(stdin, *owner)
             for _, writer in (stdout, stderr):  # so that /dev/stdout can be opened again
                 os.fchown(writer, *owner)
+            for fd in (stdout[1], stderr[1], *([stdin] if plan.stdin else [])):
+                _widen(fd)
             self.theirs = (stdin, stdout[1], stderr[1])
         for fd in self.ours.values():
             os.set_blocking(fd, False)
@@ -417,6 +420,13 @@ def _protect_from_oom() -> None:
 
 def _resize(pty: int, rows: int, columns: int) -> None:
     fcntl.ioctl(pty, termios.TIOCSWINSZ, struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0))
+
+
+def _widen(pipe: int) -> None:
+    try:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:
+        pass  # the machine allows less, and a pipe works with any size
 
 
 def _null() -> int:

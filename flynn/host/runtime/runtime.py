@@ -22,6 +22,7 @@ import array
 import asyncio
 import contextlib
 import enum
+import fcntl
 import os
 import re
 import shutil
@@ -372,8 +373,12 @@ class Container:
         for name in ("pty",) if self.spec.tty else ("stdout", "stderr"):
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             setattr(self, name, reader)
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # never more than a pipe held
-                os.write(writer, (self.directory / f"{init.REST_PREFIX}{name}").read_bytes())
+            with contextlib.suppress(FileNotFoundError):
+                rest = (self.directory / f"{init.REST_PREFIX}{name}").read_bytes()  # as much as a pipe held
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, max(len(rest), init.PIPE_BYTES))
+                with contextlib.suppress(BlockingIOError):
+                    os.write(writer, rest)
             os.close(writer)
 
 

@@ -307,6 +307,17 @@ class TestDaemonDeath:
         assert await read(container.stderr) == ""
         await container.destroy()
 
+    async def test_a_pipe_full_of_unheard_output_is_kept(self, runtime: Runtime, spec: Make) -> None:
+        first = await started(runtime, spec("head -c 200000 /dev/zero; exit 7"))
+        first.close()
+        async with asyncio.timeout(5):
+            while not (first.directory / "exit").exists():
+                await asyncio.sleep(0.01)
+        container = await runtime.reconnect(first.directory)
+        assert await container.wait() == Exit(7)
+        assert len(await read(container.stdout)) == 200_000
+        await container.destroy()
+
     async def test_one_that_waits_for_resume(self, runtime: Runtime, spec: Make) -> None:
         first = await runtime.create(spec("exit 2"))
         first.close()
