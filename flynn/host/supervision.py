@@ -378,7 +378,7 @@ class JobRun:
             helpers = [group.create_task(self._report_oom(live), name=f"oom of {self._id}")]
             if self._wants_services(live.job):
                 address = self._service_address(container)
-                self._services = JobServices(live.job, address, self._machine.discovery, container.kill)
+                self._services = JobServices(live.job, address, self._machine.discovery, self.kill)
                 helpers.append(group.create_task(self._services.run(), name=f"services of {self._id}"))
             ended = group.create_task(container.wait(), name=f"end of {self._id}")
             asked = group.create_task(self._stop.wait(), name=f"stop of {self._id}")

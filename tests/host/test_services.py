@@ -63,8 +63,8 @@ def job(port: int, check: HealthCheck | None) -> HostJob:
 async def served(known: Known, wanted: HostJob) -> AsyncIterator[tuple[JobServices, list[str]]]:
     killed: list[str] = []
 
-    async def kill() -> None:
-        killed.append("killed")
+    async def kill(reason: str) -> None:
+        killed.append(reason)
 
     services = JobServices(wanted, "127.0.0.1", cast(Discovery, known), kill)
     async with asyncio.TaskGroup() as group:

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 META_VARIABLES = ("FLYNN_APP_ID", "FLYNN_APP_NAME", "FLYNN_RELEASE_ID", "FLYNN_PROCESS_TYPE", "FLYNN_JOB_ID")
 LEAVE_SECONDS = 5.0
 
-Kill = Callable[[], Awaitable[None]]
+Kill = Callable[[str], Awaitable[None]]
+"""Ends the job; takes the reason, for whoever looks at the job afterwards."""
 
 
 class JobServices:
@@ -74,7 +75,7 @@ class JobServices:
             check = Check.of(port.service.check)
         except UnknownCheck as error:
             log.error("service not registered", extra={"job": self._job.id, "service": name, "error": str(error)})
-            await self._kill()
+            await self._kill(f"killed: {error}")
             return
         await self._registered_while_up(name, instance, check, port.port)
 
@@ -109,6 +110,7 @@ class JobServices:
                     await self._deregister(name, instance.id)
                 overdue = not state.ever_up and loop.time() - born > check.start_timeout.total_seconds()
                 if check.kill_down and (overdue or change is Change.DOWN):
-                    log.info("killing a job whose service is down", extra={"job": self._job.id, "service": name})
-                    await self._kill()
+                    limit = check.start_timeout.total_seconds()
+                    state_of_it = f"was not up within {limit:g} s" if overdue else "is down"
+                    await self._kill(f"killed: the service {name} {state_of_it}")
                 await asyncio.sleep(health.pause(state, check).total_seconds())
