@@ -289,7 +289,7 @@ class Engine:
                 if self._elected:
                     self._lead(now)
             case Timer.STEADY:
-                self._desk.mark_all()
+                self._hosts.became_steady(now)
             case Timer.BALANCE:
                 if self.leader:
                     self._balance.begin(now) if self.settled else self._balance.again(now)

@@ -37,7 +37,7 @@ class HostWatch:
             self._world.hosts[event.host] = Host(event.host, dict(event.tags), steady_since=now)
             self.unlisted[event.host] = None
             self._desk.ask(FollowHost(event.host))
-            self._desk.at(now + STEADY, Timer.STEADY)
+            self._desk.arm(now + STEADY, Timer.STEADY)
             log.info("host up", extra={"host": event.host})
             self._changed()
             return
@@ -55,7 +55,7 @@ class HostWatch:
             log.info("host tags changed", extra={"host": event.host, "from": known.tags, "to": host.tags})
         if host.tags != known.tags or host.shutting_down != known.shutting_down or not known.healthy:
             self._changed()
-            self._desk.at(now + STEADY, Timer.STEADY)
+            self._desk.arm(now + STEADY, Timer.STEADY)
 
     def described(self, event: HostDescribed) -> None:
         host = self._world.hosts.get(event.host)
@@ -100,7 +100,7 @@ class HostWatch:
             return
         if alive:
             self._world.hosts[id] = replace(host, healthy=True, failed_checks=0, steady_since=now)
-            self._desk.at(now + STEADY, Timer.STEADY)
+            self._desk.arm(now + STEADY, Timer.STEADY)
             self._changed()
             return
         failed = host.failed_checks + 1
@@ -119,6 +119,13 @@ class HostWatch:
         for job in self._world.jobs_on(host.id):
             self._jobs.apply(job, job_state.Lost("its host is gone", now), now)
         self._changed()
+
+    def became_steady(self, now: datetime) -> None:
+        """Some hosts have been well for long enough; others may still need their time."""
+        self._desk.mark_all()
+        later = [host.steady_since + STEADY for host in self._world.hosts.values() if host.steady_since > now - STEADY]
+        if later:
+            self._desk.arm(min(later), Timer.STEADY)
 
     def _changed(self) -> None:
         self._desk.mark_all()
