@@ -62,7 +62,9 @@ class Cluster:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         self.ca.issue_host("node1", ["127.0.0.1"]).write(self.directory)
-        parts: dict[str, Any] = dict.fromkeys(("book", "runner", "attachments", "volumes", "sinks", "releases", "update"))
+        parts: dict[str, Any] = dict.fromkeys(
+            ("book", "runner", "attachments", "volumes", "sinks", "releases", "update")
+        )
         self.served = self.joining()
         api = HostApi(node=cast(Any, self), joining=self.served, **parts).api()
         identity = Identity.load(self.directory)
