@@ -96,7 +96,7 @@ class TestEveryProvider:
         path = await provider.mount(place)
         (path / "file").write_text("kept")
         await provider.open(create=False)
-        assert await provider.create("v1") == place, "what a crash has left is adopted"
+        assert await provider.create("v1", quota_bytes=64 * MIB) == place, "what a crash has left is adopted"
         assert (await provider.mount(place) / "file").read_text() == "kept"
         condition = await provider.check()
         assert 0 < condition.free_bytes <= condition.size_bytes

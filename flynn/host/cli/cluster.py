@@ -7,6 +7,7 @@ import click
 from flynn.host.cli.access import all_hosts, directory_peers, host_named, local_host, runs
 from flynn.host.cli.show import emit
 from flynn.host.discovery import DISCOVERD_PORT
+from flynn.host.jobs.room import mib
 from flynn.types.codec import Json, encode
 from flynn.types.errors import ApiError, Conflict
 from flynn.types.host import ResourceCheckPort
@@ -32,6 +33,7 @@ async def status(as_json: bool) -> None:
         ("Discoverd", found.discoverd.url if found.discoverd else "not configured"),
         ("DNS", found.discoverd.dns if found.discoverd else "not configured"),
         ("Jobs", str(len(jobs))),
+        *((("Disk", found.disk.trouble or f"{mib(found.disk.free_bytes)} free"),) if found.disk else ()),
         *(("Volumes", f"{store.kind}: {store.trouble or 'available'}") for store in found.volumes),
     ]
     emit(rows, found, as_json)

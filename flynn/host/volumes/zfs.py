@@ -193,6 +193,9 @@ class ZfsProvider:
             if "already exists" not in str(error):
                 await asyncio.to_thread(_remove_empty, path)
                 raise
+            for option in options:
+                if option.startswith("quota="):
+                    await run("zfs", "set", option, place)
         await self.mount(place)
 
     async def mount(self, place: str) -> Path:
