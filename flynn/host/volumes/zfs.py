@@ -70,14 +70,15 @@ class ZfsProvider:
         try:
             await fuse.ensure_daemon(self._threads)
             self._silent = None
-        except NoAnswer:
+        except NoAnswer as error:
+            silence = NoAnswer(f"zfs-fuse does not answer: {error}")
             now = await asyncio.to_thread(fuse.vitals)
             if now is None:
-                raise
+                raise silence from error
             if self._silent is None or self._silent.pid != now.pid:
                 self._silent = now
             if not fuse.is_hung(self._silent, now):
-                raise
+                raise silence from error
             await fuse.kill(self._silent)
             self._silent = None
             await fuse.ensure_daemon(self._threads)
