@@ -126,7 +126,7 @@ class DurableJournal(Journal):  # type: ignore[misc]  # the library has no types
         return 1
 
     def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:
-        """Remember a term and the vote given in it. A vote stays given, also when an observer has put its term aside."""
+        """Remember a term and the vote given in it, which stays given also when an observer has put its term aside."""
         if term < self._ballot.term or (term == self._ballot.term and votedForNodeId is None):
             return
         self._ballot = Ballot(term, votedForNodeId)
