@@ -112,7 +112,7 @@ async def worker(environ: Mapping[str, str]) -> AsyncIterator[None]:
 
         api = Api("controller-worker", status=status)
         known = procedures(
-            stores, Hosts(registry, identity), Neighbours(identity), DatabaseClusters(registry, identity)
+            stores, Hosts(registry, identity), Neighbours(identity), DatabaseClusters(registry, identity), registry
         )
         own = instance_from_environment(environ, config.port, "https")
         async with (

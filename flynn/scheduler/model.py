@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
-from flynn.types.app import App
+from flynn.types.app import App, Strategy
 from flynn.types.artifact import Artifact
 from flynn.types.formation import ScaleRequest
 from flynn.types.release import ProcessType, Release, VolumeReq
@@ -167,6 +167,11 @@ class Formation:
         return any(count > 0 for count in self.wanted.values())
 
     @property
+    def hands_over(self) -> bool:
+        """Whether a job gives its place on a host, and its data, to its successor while both run."""
+        return self.app.strategy == Strategy.DISCOVERD_META
+
+    @property
     def services(self) -> frozenset[str]:
         return frozenset(process.service for process in self.release.processes.values() if process.service)
 
@@ -234,4 +239,9 @@ class Volume:
 
     @property
     def reusable(self) -> bool:
-        return self.state is VolumeState.CREATED and self.job is None and not self.decommissioned
+        return self.job is None and self.shareable
+
+    @property
+    def shareable(self) -> bool:
+        """Whether a job may have it beside the one that does, if both know how to hand it over."""
+        return self.state is VolumeState.CREATED and not self.decommissioned

@@ -131,6 +131,7 @@ def place(
     `volumes` are those that jobs of this type may take over, the first being the best. A volume to take over pins the
     job to the volume's host; while that host is away the job waits for it, since starting elsewhere would mean starting
     with empty data. An omni type belongs on every host: there the host comes first, and the volume is looked for on it.
+    Where jobs hand over to their successors themselves, the successor gets the volume that is still in use.
     """
     if not hosts:
         return Refused(NO_HOSTS)
@@ -174,9 +175,10 @@ def _bind(
     host: HostID,
     new_volume_id: Callable[[], VolumeID],
 ) -> tuple[Volume, ...]:
+    here = [v for v in volumes if v.host == host and (v.reusable or (formation.hands_over and v.shareable))]
     bound = []
     for request in requests:
-        found = next((v for v in volumes if v.reusable and v.path == request.path and v.host == host), None)
+        found = next((v for v in here if v.path == request.path), None)
         bound.append(
             found
             or Volume(

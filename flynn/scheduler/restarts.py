@@ -18,7 +18,7 @@ STABLE_AFTER = timedelta(minutes=5)  # a job that lived so long begins anew with
 
 RESURRECTION = timedelta(seconds=3)  # for a host to show the successor of a job that it brings back by itself
 FAILED_STARTS = 5  # in a row; with one more a release of the platform's base is taken back, as the controller does
-ONE_AT_A_TIME = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.DISCOVERD_META))
+ONE_AT_A_TIME = frozenset((Strategy.ONE_DOWN_ONE_UP,))
 
 Kind = tuple[FormationKey, str]  # the jobs of one type of a formation
 

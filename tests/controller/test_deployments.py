@@ -32,6 +32,7 @@ from flynn.types.codec import convert
 from flynn.types.errors import Conflict, NotFound, UnknownError, ValidationError
 from flynn.types.event import EventType
 from flynn.types.formation import Formation, ScaleRequest
+from flynn.types.instance import ServiceMeta
 from flynn.types.job import Job
 from flynn.types.provider import Provider, ResourceReq
 from flynn.types.release import Release
@@ -40,12 +41,15 @@ from .conftest import MANIFEST, Shop, World, a_release
 
 
 @asynccontextmanager
-async def working(conninfo: str, blobstore: str = "http://127.0.0.1:1") -> AsyncIterator[Stores]:
+async def working(
+    conninfo: str, blobstore: str = "http://127.0.0.1:1", directory: MemoryRegistry | None = None
+) -> AsyncIterator[Stores]:
     """One worker process, but for the process."""
     async with Database(conninfo).connected() as database:
         stores = Stores.over(database)
-        databases = DatabaseClusters(MemoryRegistry(), None)
-        known = procedures(stores, Hosts(MemoryRegistry(), None), Neighbours(None), databases, blobstore=blobstore)
+        registry = directory or MemoryRegistry()
+        databases = DatabaseClusters(registry, None)
+        known = procedures(stores, Hosts(registry, None), Neighbours(None), databases, registry, blobstore=blobstore)
         async with TaskSet() as tasks, supervisor() as spawn:
             spawn("follow events", stores.hub.run())
             await stores.hub.started()
@@ -317,15 +321,33 @@ async def test_what_was_swapped_is_swapped_back(
     conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
 ) -> None:
     """Also if the worker is stopped in between: the verdict is on record, so nobody begins the deployment anew."""
-    await controller.update_app("shop", AppUpdate(strategy="discoverd-meta"))
-    scheduler.works = lambda request: request.release != running.id
+    release = await controller.create_release(a_release(shop.app, shop.artifact, SIRENIA_PROCESS="clock"))
+    scheduler.names[release.id] = "new"
+    await controller.update_app("shop", AppUpdate(strategy="sirenia"))
+    scheduler.works = lambda request: request.release != release.id
     async with working(conninfo):
         with pytest.raises(DeploymentFailed, match="web job failed to start"):
-            await controller.deploy("shop", running.id, timeout=timedelta(seconds=20))
+            await controller.deploy("shop", release.id, timeout=timedelta(seconds=20))
     assert await counts(controller, shop.release.id) == {"web": 2, "clock": 1}
-    assert await counts(controller, running.id) == {}
+    assert await counts(controller, release.id) == {}
     # the last entry is the new formation's deletion
     assert ", ".join(scheduler.steps) == "old clock=0, new clock=1, new clock=0, old clock=1 web=2, new clock=0"
+
+
+async def test_a_release_of_discoverd_is_announced_and_runs_beside_the_old_one(
+    conninfo: str, controller: Controller, shop: Shop, running: Release, scheduler: Scheduler
+) -> None:
+    directory = MemoryRegistry()
+    await directory.create("discoverd")
+    before = ServiceMeta(data={"id": "before", "release": "old", "states": {"10.0.0.1:1111": "performing"}})
+    await directory.put_meta("discoverd", before)
+    await controller.update_app("shop", AppUpdate(strategy="discoverd-meta"))
+    async with working(conninfo, directory=directory):
+        await controller.deploy("shop", running.id, timeout=timedelta(seconds=10))
+    meta = await directory.get_meta("discoverd")
+    assert meta is not None and meta.data["id"] != "before"
+    assert (meta.data["release"], meta.data["states"]) == (running.id, {})
+    assert scheduler.steps[:2] == ["new clock=1", "old clock=0"]
 
 
 async def test_the_platform_cannot_be_scaled_away(controller: Controller, shop: Shop, running: Release) -> None:

@@ -61,13 +61,14 @@ def start(counts: dict[str, int], types: tuple[str, ...], batch: int = 1) -> Pro
         pytest.param(
             "discoverd-meta",
             start({"app": 1, "gone": 2}, ("app",)),
-            "swap {app: 0} for {app: 1}, old gone=0",
+            "new app=1, old app=0, old gone=1, old gone=0",
+            id="discoverd: both side by side, until the new one has taken over everywhere",
         ),
         pytest.param(
             "discoverd-meta",
             Progress(wanted={"app": 1}, types=("app",), old={"app": 0}, new={"app": 1}),
             "",
-            id="a swap that was interrupted is done",
+            id="discoverd: interrupted when it was done",
         ),
         pytest.param(
             "in-batches",

@@ -102,12 +102,30 @@ class Stage:
         return self.started[index].volumes[0].id
 
 
-@pytest.mark.parametrize("strategy", ["sirenia", "discoverd-meta"])
-def test_a_new_release_waits_for_the_old_one_and_takes_its_volume(strategy: str) -> None:
+def test_a_job_that_hands_over_shares_its_volume_with_its_successor() -> None:
     stage = Stage()
-    stage.scale("r1", 1, meta=SYSTEM, strategy=strategy)
-    stage.scale("r1", 0, meta=SYSTEM, strategy=strategy)
-    stage.scale("r2", 1, meta=SYSTEM, strategy=strategy)
+    stage.scale("r1", 1, meta=SYSTEM, strategy="discoverd-meta")
+    stage.scale("r2", 1, meta=SYSTEM, strategy="discoverd-meta")
+    stage.wait(1)
+    assert [start.job.release for start in stage.started] == ["r1", "r2"]
+    assert not stage.stops
+    assert stage.data(0) == stage.data(1)
+    stage.scale("r1", 0, meta=SYSTEM, strategy="discoverd-meta")
+    stage.wait(1)
+    assert len(stage.stops) == 1
+    stage.report(stage.started[0], JobStatus.DONE)
+    stage.wait(1)
+    stage.scale("r3", 1, meta=SYSTEM, strategy="discoverd-meta")
+    stage.wait(1)
+    assert [start.job.release for start in stage.started] == ["r1", "r2", "r3"]
+    assert stage.data(0) == stage.data(2)
+
+
+def test_a_new_release_waits_for_the_old_one_and_takes_its_volume() -> None:
+    stage = Stage()
+    stage.scale("r1", 1, meta=SYSTEM)
+    stage.scale("r1", 0, meta=SYSTEM)
+    stage.scale("r2", 1, meta=SYSTEM)
     stage.wait(5)
     assert len(stage.stops) == 1 and len(stage.started) == 1, "the old one has been told, and still runs"
     assert [job.reason for job in stage.engine.world.jobs.values() if job.release == "r2"] == [

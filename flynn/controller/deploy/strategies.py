@@ -126,14 +126,6 @@ def down_then_up(progress: Progress) -> Step | None:
     return None
 
 
-def swap(progress: Progress) -> Step | None:
-    """Per type, in alphabetical order: the new jobs in the place of the old ones, on the same volumes."""
-    for name in progress.all_types():
-        if (step := _swapped(progress, name)) is not None:
-            return step
-    return None
-
-
 def _swapped(progress: Progress, name: str) -> Step | None:
     old, new, target = progress.old_count(name), progress.new_count(name), progress.target(name)
     if not old and new >= target:
@@ -157,9 +149,9 @@ SUPPORTED: Mapping[Strategy, NextStep] = {
     Strategy.ONE_BY_ONE: up_then_down,
     Strategy.ONE_DOWN_ONE_UP: down_then_up,
     Strategy.IN_BATCHES: up_then_down,
-    Strategy.DISCOVERD_META: swap,
+    Strategy.DISCOVERD_META: up_then_down,  # both on each host; when the new one takes over is its own business
 }
-IN_PLACE = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.DISCOVERD_META, Strategy.SIRENIA))
+IN_PLACE = frozenset((Strategy.ONE_DOWN_ONE_UP, Strategy.SIRENIA))
 """Strategies of apps whose old and new jobs must never run side by side, also not when a deployment is taken back."""
 
 

@@ -34,7 +34,9 @@ from flynn.controller.hosts import Hosts
 from flynn.controller.store.formations import Change
 from flynn.controller.store.queue import QueuedJob
 from flynn.controller.stores import Stores
+from flynn.controller.worker import rollout
 from flynn.controller.worker.databases import DatabaseClusters, NoProgress, PeerReplacement, Seen, patiently
+from flynn.discoverd.registry import Registry
 from flynn.types.app import Strategy
 from flynn.types.codec import convert
 from flynn.types.deployment import Deployment
@@ -59,10 +61,11 @@ class DeploymentError(Exception):
 class DeploymentProcedure:
     """The procedure behind queue jobs of class `deployment`."""
 
-    def __init__(self, stores: Stores, hosts: Hosts, databases: DatabaseClusters) -> None:
+    def __init__(self, stores: Stores, hosts: Hosts, databases: DatabaseClusters, directory: Registry) -> None:
         self._stores = stores
         self._hosts = hosts
         self._databases = databases
+        self._directory = directory
 
     async def __call__(self, job: QueuedJob) -> None:
         """Do a deployment, or what is left of it. What raises is tried again, except that it may not go on for ever."""
@@ -93,6 +96,8 @@ class DeploymentProcedure:
             batch = await self._batch(deployment)
             steps = await self._steps(deployment, new)
             await self._settle(deployment, new)
+            if deployment.strategy == Strategy.DISCOVERD_META:
+                await rollout.begin(self._directory, deployment.id, new.id)
             if (database := await self._cluster_of_several(deployment)) is not None:
                 await self._replace_peers(deployment, new, database)
             while (step := steps(await self._progress(deployment, new, batch))) is not None:

@@ -14,6 +14,7 @@ from flynn.controller.worker.databases import DatabaseClusters
 from flynn.controller.worker.deletion import AppDeletionProcedure
 from flynn.controller.worker.deployments import DeploymentProcedure
 from flynn.controller.worker.loop import Procedure
+from flynn.discoverd.registry import Registry
 
 
 def procedures(
@@ -21,12 +22,13 @@ def procedures(
     hosts: Hosts,
     neighbours: Neighbours,
     databases: DatabaseClusters,
+    directory: Registry,
     *,
     blobstore: str = blobstore.URL,
 ) -> Mapping[str, Procedure]:
     """Return the procedure of each class of queue job."""
     return {
-        JobClass.DEPLOYMENT: DeploymentProcedure(stores, hosts, databases),
+        JobClass.DEPLOYMENT: DeploymentProcedure(stores, hosts, databases, directory),
         JobClass.APP_DELETION: AppDeletionProcedure(stores, neighbours, blobstore=blobstore),
         JobClass.RELEASE_CLEANUP: FileCleanup(stores, neighbours),
         JobClass.APP_GARBAGE_COLLECTION: GarbageCollection(stores),

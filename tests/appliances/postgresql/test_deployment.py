@@ -206,7 +206,7 @@ class Site:
         async with Database(conninfo(self.one)).connected() as database:
             stores = Stores.over(database)
             databases = DatabaseClusters(self.one.registry, self.one.identity)
-            known = procedures(stores, self.hosts, Neighbours(None), databases)
+            known = procedures(stores, self.hosts, Neighbours(None), databases, self.one.registry)
             async with TaskSet() as tasks, supervisor() as spawn:
                 spawn("follow events", stores.hub.run())
                 spawn("work", Worker(stores.queue, stores.hub, known, tasks).run())
