@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack, aclosing
 from datetime import timedelta
 from pathlib import Path
@@ -238,3 +239,86 @@ async def test_a_cluster_of_one_grows_and_remembers_it(three: list[Place]) -> No
         await leader_among([again, joined])
         await written(first, "after")
         await until(lambda: all("after" in one.state.services for one in (again, joined)))
+
+
+class Held:
+    """A member that the others cannot reach for a while; its watchers can, and stay connected.
+
+    Its Raft thread stands still, and what was sent to it meanwhile is lost with the connections.
+    """
+
+    def __init__(self, live: LiveDirectory) -> None:
+        self._member = live.raft._member
+        self._tick = self._member.doTick
+        self._held = threading.Event()
+        self._go_on = threading.Event()
+
+    async def __aenter__(self) -> None:
+        def wait(patience: float) -> None:
+            self._held.set()
+            self._go_on.wait(30)
+            self._tick(patience)
+
+        self._member.doTick = wait
+        await until(self._held.is_set)
+
+    async def __aexit__(self, *error: object) -> None:
+        self._member.doTick = self._tick
+        for connection in list(self._member._SyncObj__transport._connections.values()):
+            connection.disconnect()
+        self._go_on.set()
+
+
+@pytest.mark.slow
+async def test_a_member_that_is_sent_a_snapshot_tells_its_watchers_what_they_missed(three: list[Place]) -> None:
+    async with AsyncExitStack() as stack:
+        members = [await stack.enter_async_context(member(place, three)) for place in three]
+        leader = await leader_among(members)
+        behind = next(one for one in members if one is not leader)
+        leaving, changing, staying, coming = (Instance.at(f"10.0.0.{n}:80", "http") for n in range(1, 5))
+        changed = Instance.at(changing.addr, "http", {"version": "2"})
+        heard: list[tuple[str, str]] = []
+        async with three[members.index(leader)].client() as client, supervisor() as spawn:
+            await client.create("web")
+            for one in (leaving, changing, staying):
+                await client.register("web", one)
+            await client.put_meta("web", ServiceMeta(data="before"))
+            await until(lambda: behind.state.index == leader.state.index)
+
+            async def listen() -> None:
+                async with aclosing(behind.watch("web")) as events:
+                    async for event in events:
+                        what = (
+                            event.instance.addr
+                            if event.instance
+                            else str(event.service_meta and event.service_meta.data)
+                        )
+                        heard.append((str(event.kind), what))
+
+            spawn("listen", listen())
+            await until(lambda: any(kind == "current" for kind, _ in heard))
+            heard.clear()
+            async with Held(behind):
+                await client.deregister("web", leaving.id)
+                for round in range(30):  # many steps, of which watchers hear the sum
+                    await client.register("web", Instance.at(changing.addr, "http", {"version": f"1.{round}"}))
+                await client.register("web", changed)
+                await client.register("web", coming)
+                meta = await client.get_meta("web")
+                assert meta is not None
+                await client.put_meta("web", ServiceMeta(data="after", index=meta.index))
+                long = len(leader.raft._member.journal)
+                leader.raft._member.forceLogCompaction()
+                await client.create("wakes-the-thread")
+                await until(lambda: len(leader.raft._member.journal) < min(long, 10))
+                held_at = behind.state.index
+            await until(lambda: behind.state.services == leader.state.services)
+            await until(lambda: ("service_meta", "after") in heard)
+        assert held_at < leader.state.index - 30
+        assert heard == [
+            ("update", changed.addr),
+            ("up", coming.addr),
+            ("down", leaving.addr),
+            ("leader", changed.addr),
+            ("service_meta", "after"),
+        ]
