@@ -14,6 +14,7 @@ from flynn.types.host import HostJob
 log = logging.getLogger(__name__)
 
 ARRIVAL_SECONDS = 5.0
+MOST_WAITING = 1000  # attachments for jobs that the host does not know, or that have not begun
 
 
 class LiveJob:
@@ -87,6 +88,9 @@ class LiveJobs:
     def wait_for(self, job_id: str) -> asyncio.Future[LiveJob | str]:
         """Return a future for the live job, or for the reason why it never came to life. Cancel it to stop waiting."""
         future: asyncio.Future[LiveJob | str] = asyncio.get_running_loop().create_future()
+        if sum(len(waiting) for waiting in self._waiting.values()) >= MOST_WAITING:
+            future.set_result("too many attachments wait for jobs on this host")
+            return future
         waiting = self._waiting.setdefault(job_id, {})
         waiting[future] = None
 

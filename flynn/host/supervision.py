@@ -44,6 +44,7 @@ from flynn.host.logs.capture import Capture
 from flynn.host.logs.files import LogDirectory
 from flynn.host.logs.record import Source
 from flynn.host.network.addresses import AddressError
+from flynn.host.network.listening import ports_in_use
 from flynn.host.networking import NodeNetwork
 from flynn.host.runtime import loop
 from flynn.host.runtime.layers import LayerError, LayerMounts
@@ -229,7 +230,9 @@ class JobRun:
         return Broken(text or type(error).__name__)
 
     async def _start_and_watch(self) -> Happening:
-        job = self._machine.book.note(self._id, AddressAssigned(environment.with_ports(self._job.job), "")).job
+        job = self._machine.book.note(
+            self._id, AddressAssigned(environment.with_ports(self._job.job, await self._taken_ports()), "")
+        ).job
         extras = profiles.extras(job.profiles)
         self._loops = loops_of(extras.devices)
         partition = partitions.choose(job.partition, self._machine.partitions)
@@ -269,6 +272,19 @@ class JobRun:
         return await self._watch(live)
 
     # Preparing
+
+    async def _taken_ports(self) -> set[int]:
+        """Return the ports a job in the host's network cannot have: somebody's, or promised to another job."""
+        if not self._job.job.config.host_network:
+            return set()
+        listening = await asyncio.to_thread(ports_in_use)
+        # From here to the record nothing is waited for: two jobs must not be promised the same.
+        jobs = self._machine.book.jobs.values()
+        promised = {
+            port.port for job in jobs if job.job.config.host_network and not job.status.down and job.job.id != self._id
+            for port in job.job.config.ports
+        }  # fmt: skip
+        return promised | listening
 
     async def _wait_for_the_host(self, job: HostJob) -> None:
         """Wait for what the job needs of the node: its turn after a crash, the network, discoverd with its DNS."""

@@ -9,10 +9,12 @@ import uuid
 import pytest
 
 from flynn.host.client import HostClient
+from flynn.types.codec import replace
 from flynn.types.errors import Conflict, NotFound, RateLimited, ValidationError
 from flynn.types.host import ContainerConfig, HostJob, Mountspec, ResourceCheckPort
+from flynn.types.release import Port
 
-from .machine import META, TestMachine, ended
+from .machine import META, TestMachine, ended, eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -107,3 +109,48 @@ async def test_more_jobs_than_can_be_started_are_put_off(
     await host.add_job(last)
     await ended(host, last.id)
     assert (await host.job(last.id)).exit_status == 3
+
+
+async def test_jobs_in_the_hosts_network_get_ports_of_their_own(
+    machine: TestMachine, host: HostClient, image: Mountspec
+) -> None:
+    """Of the original all got 5000, and all but one failed. What somebody else listens on is not given away either."""
+    squatter = job(image, "exec httpd -f -p 127.0.0.1:5001 -h /tmp")
+    sharing = [
+        HostJob(
+            id=f"node1-{uuid.uuid4()}", mountspecs=[image], metadata=META,
+            config=ContainerConfig(
+                args=["sh", "-c", "exec httpd -f -p 127.0.0.1:$PORT -h /tmp"], host_network=True,
+                ports=[Port(proto="tcp")],
+            ),
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    squatting = replace(squatter, config=replace(squatter.config, host_network=True))
+    await host.add_job(squatting)
+
+    async def squats() -> bool:
+        try:
+            await host.resource_check([ResourceCheckPort(port=5001)])
+        except Conflict:
+            return True
+        return False
+
+    try:
+        await eventually(squats)
+        for one in sharing:
+            await host.add_job(one)
+
+        async def ports() -> list[int]:
+            return sorted([(await host.job(one.id)).job.config.ports[0].port for one in sharing])
+
+        async def given() -> bool:
+            return await ports() == [5000, 5002, 5003]
+
+        await eventually(given)
+        for one in sharing:
+            assert not (await host.job(one.id)).status.down
+            assert (await host.job(one.id)).job.config.env["PORT"] in ("5000", "5002", "5003")
+    finally:
+        for one in (squatting, *sharing):
+            await host.stop_job(one.id)

@@ -165,6 +165,13 @@ def test_values_no_kernel_takes_are_refused_by_the_name_of_their_field(fields: d
 # Environment
 
 
+def test_a_port_that_is_taken_is_not_given_again() -> None:
+    ports = [Port(proto="tcp"), Port(port=5004, proto="tcp"), Port(proto="udp"), Port(proto="tcp")]
+    job = environment.with_ports(HostJob(config=ContainerConfig(ports=ports)), {5000, 5002})
+    assert [port.port for port in job.config.ports] == [5001, 5004, 5003, 5005]
+    assert job.config.env == {"PORT": "5001", "PORT_0": "5001", "PORT_1": "5004", "PORT_2": "5003", "PORT_3": "5005"}
+
+
 def test_ports_get_numbers_and_variables() -> None:
     ports = [Port(proto="tcp"), Port(port=8080, proto="udp"), Port()]
     job = environment.with_ports(replace(JOB, config=ContainerConfig(ports=ports, env={"A": "b"})))

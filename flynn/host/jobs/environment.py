@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flynn.host.runtime.spec import DEFAULT_PATH
@@ -10,7 +10,7 @@ from flynn.types.codec import replace
 from flynn.types.host import HostJob
 from flynn.types.release import Port
 
-FIRST_PORT = 5000
+FIRST_PORT, LAST_PORT = 5000, 65535
 MAX_HOSTNAME = 64  # the kernel's limit
 IDENTITY_DIRECTORY = "/run/flynn/identity"
 
@@ -28,14 +28,19 @@ class HostFacts:
     listen_ip: str = ""
 
 
-def with_ports(job: HostJob) -> HostJob:
-    """Give every port 0 its number (5000 + position) and put `PORT`, `PORT_0` ... into the environment."""
+def with_ports(job: HostJob, taken: Collection[int] = ()) -> HostJob:
+    """Give every port 0 its number (5000 + position) and put `PORT`, `PORT_0` ... into the environment.
+
+    `taken` are ports of the network the job will be in; the next that is free takes the place of such a one.
+    """
     ports: list[Port] = []
+    used = {*taken, *(port.port for port in job.config.ports)}
     env = dict(job.config.env)
     for position, port in enumerate(job.config.ports):
         if port.proto not in ("tcp", "udp", ""):
             raise UnknownProto(f'unknown port proto "{port.proto}"')
-        number = port.port or FIRST_PORT + position
+        number = port.port or next(n for n in range(FIRST_PORT + position, LAST_PORT + 1) if n not in used)
+        used.add(number)
         ports.append(replace(port, port=number, proto=port.proto or "tcp"))
         env[f"PORT_{position}"] = str(number)
     if ports:
