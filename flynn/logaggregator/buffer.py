@@ -8,6 +8,7 @@ Pure data structures, used from one task.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -73,14 +74,11 @@ class AppLog:
 
     def insert(self, message: Message, max_lines: int) -> bool:
         """Put a line in its place; False for one that is there already, or older than all of a full buffer."""
-        lines = self.lines
+        lines, place = self.lines, _place(message)
         position = len(lines)
-        while position and lines[position - 1].time > message.time:
-            position -= 1
-        before = position
-        while before and lines[before - 1].time == message.time:
-            before -= 1
-            if lines[before].seq == message.seq and lines[before].host == message.host:
+        if lines and _place(lines[-1]) >= place:  # hosts that replay, or whose lines come late; else it is the last one
+            position = bisect_left(lines, place, key=_place)
+            if _place(lines[position]) == place:
                 return False
         if position == 0 and len(lines) >= max_lines:
             return False
@@ -160,6 +158,11 @@ class Logs:
         """The chattiest app pays: a tenth of the largest buffer goes, so that this is not needed for every line."""
         largest = max(self._apps.values(), key=lambda log: log.size)
         self.size -= largest.drop_oldest(max(1, len(largest.lines) // 10))
+
+
+def _place(message: Message) -> tuple[datetime, str, int]:
+    """Orders the lines of an app. Lines that a host has read together have one time, and there may be thousands."""
+    return message.time, message.host, message.seq
 
 
 def _weight(message: Message) -> int:
