@@ -369,6 +369,25 @@ class TestBook:
 
         yield make
 
+    async def test_one_whose_data_went_with_a_daemon_that_died_is_forgotten(
+        self, book: Callable[[], VolumeBook], tmp_path: Path
+    ) -> None:
+        class Zfs(DirectoryProvider):
+            """As ZFS does, says that there is nothing to destroy."""
+
+            async def destroy(self, place: str) -> None:
+                if not (tmp_path / "v" / place).exists():
+                    raise VolumeGone(f"{place}: dataset does not exist")
+                await super().destroy(place)
+
+        provider = Zfs(tmp_path / "v")
+        volumes = book(provider)
+        await volumes.open()
+        made = await volumes.create("default", VolumeRequest())
+        await provider.destroy(made.id)  # and then the daemon died
+        await volumes.destroy(made.id)
+        assert volumes.all() == []
+
     async def test_creation_and_destruction(self, book: Callable[[], VolumeBook]) -> None:
         volumes = book()
         await volumes.open()
