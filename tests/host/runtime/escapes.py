@@ -139,11 +139,18 @@ ACCEPTED: tuple[tuple[str, str], ...] = (
     ),
     ("name_to_handle_at", "gives a number; only open_by_handle_at could use it, and that is refused"),
     ("raw sockets (NET_RAW)", "ping needs them, the original gave them; each port is held to its own addresses"),
-    ("mknod of any device", "image builds unpack device files; opening them is refused (no mknod at all on cgroup v2)"),
+    (
+        "mknod of any device",
+        "image builds unpack device files; opening them is refused (no mknod at all on cgroup v2 without BPF programs)",
+    ),
     ("TCP and UDP to other jobs on the overlay", "it is what services are for; apps protect what they listen on"),
     ("reading /sys and most of /proc", "versions, load, hardware: software reads them; addresses and keys are masked"),
     ("running the runtime's interpreter by #!/proc/self/exe", "it runs with the job's rights; writing it is refused"),
-    ("filling a volume", "volumes have no quota unless their provider sets one; the write layer is bounded"),
+    (
+        "filling a volume",
+        "volumes have no quota unless their release or the daemon's `--volume-quota` sets one (ZFS keeps it, directories"
+        " do not); the write layer is bounded",
+    ),
 )
 
 
