@@ -148,8 +148,8 @@ ACCEPTED: tuple[tuple[str, str], ...] = (
     ("running the runtime's interpreter by #!/proc/self/exe", "it runs with the job's rights; writing it is refused"),
     (
         "filling a volume",
-        "volumes have no quota unless their release or the daemon's `--volume-quota` sets one (ZFS keeps it, directories"
-        " do not); the write layer is bounded",
+        "volumes have no quota unless their release or the daemon's `--volume-quota` sets one (ZFS keeps it,"
+        " directories do not); the write layer is bounded",
     ),
 )
 
