@@ -175,7 +175,9 @@ class Peer:
     async def _question(self, info: DatabaseInfo) -> None:
         """Ask the other half of primary and sync whether it lives, if replication with it does not flow."""
         counterpart = self._counterpart()
-        if counterpart is None:
+        # A primary that does not run yet has nothing that its sync could be without.
+        starting = self.role is Role.PRIMARY and not (info.running and info.xlog)
+        if counterpart is None or starting:
             self._doubt = None
             return
         key = self.me.identity(counterpart)

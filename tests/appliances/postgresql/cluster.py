@@ -186,7 +186,7 @@ class Cluster:
         return (node.root / f"n{node.number}.log").read_text()
 
 
-async def until(condition: Callable[[], Any], within: float = 60, every: float = 0.1) -> float:
+async def until(condition: Callable[[], Any], within: float = 120, every: float = 0.1) -> float:
     """Seconds until the (async) condition held."""
     began = time.monotonic()
     async with asyncio.timeout(within):

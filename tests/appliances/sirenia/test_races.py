@@ -33,6 +33,7 @@ class RecordingDatabase:
     zero_position: str = "0/0"
     roles: list[Role] = field(default_factory=list)
     holds: int = 0
+    start_seconds: float = 0.5
 
     compare = staticmethod(compare)
 
@@ -41,7 +42,7 @@ class RecordingDatabase:
         return self.roles[-1:] not in ([], [Role.NONE])
 
     async def apply(self, config: DatabaseConfig) -> None:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(self.start_seconds)
         if self.roles[-1:] != [config.role]:
             self.roles.append(config.role)
 
@@ -67,6 +68,13 @@ class RecordingDatabase:
 class Answering:
     async def ask(self, instance: Instance) -> Heard:
         return Heard(Answer.WELL, id=instance.meta[ID])
+
+
+class Lifeless:
+    """Daemons whose databases do not run."""
+
+    async def ask(self, instance: Instance) -> Heard:
+        return Heard(Answer.DOWN, id=instance.meta[ID])
 
 
 class Contested(MemoryRegistry):
@@ -190,5 +198,19 @@ def test_who_was_deposed_stays_quiet_whatever_happens_to_the_others() -> None:
             await registry.write(lambda state: replace(state, asyncs=[node("n1")], deposed=[]))
             await asyncio.sleep(3)
             assert database.roles == [Role.PRIMARY, Role.NONE, Role.ASYNC], "taken in again"
+
+    run_virtually(story())
+
+
+def test_a_primary_that_starts_slowly_does_not_blame_its_sync_for_having_nothing_to_copy() -> None:
+    async def story() -> None:
+        async with playing("n1", "n2", "n3") as (peer, database, registry), supervisor() as spawn:
+            database.start_seconds = 20
+            peer.neighbours = Lifeless()
+            spawn("look", peer.look())
+            await asyncio.sleep(19)
+            assert (await registry.stored()).generation == 5
+            await asyncio.sleep(10)
+            assert (await registry.stored()).generation > 5, "when it runs, it is entitled to a sync"
 
     run_virtually(story())
