@@ -183,7 +183,7 @@ async def test_whatever_breaks_the_directory_tells_one_story(tmp_path: Path) -> 
     seen = Seen([json.loads(line) for line in notes.read_text().splitlines()])
     print(seen.summary)
     assert seen.faults() == [], report
-    assert min(seen.acknowledged.values()) > SECONDS, f"hardly anything was written{report}"
+    assert min(seen.acknowledged.values()) > 5, f"hardly anything was written{report}"
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
