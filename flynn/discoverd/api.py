@@ -107,6 +107,7 @@ class DiscoverdApi:
         ]
         for method, path, handler in read:
             api.route(method, path, handler, allow=INSIDERS)
+        api.route("GET", "/debug/heartbeats", self._at_leader(self._heartbeats), allow=INSIDERS)
         for method, path, handler in write:
             api.route(method, path, self._at_leader(handler), allow=INSIDERS)
         for method, path, handler in membership:
@@ -127,6 +128,10 @@ class DiscoverdApi:
             )
             for name, service in sorted(self.directory.state.services.items())
         }
+
+    async def _heartbeats(self, request: Request) -> dict[str, dict[str, float]]:
+        """Seconds since each instance was last heard. One the leader has not heard yet is missing."""
+        return self.directory.silence()
 
     async def _create(self, request: Request) -> None:
         config = await request.body(ServiceConfig | None) or ServiceConfig()  # type: ignore[arg-type]  # a union is no class

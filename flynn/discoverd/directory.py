@@ -116,6 +116,7 @@ class LiveDirectory:
 
     async def create_service(self, name: str, leader_type: str) -> None:
         store.check_service_name(name)
+        store.check_leader_type(leader_type)
         await self._commit(store.CreateService(name, leader_type))
 
     async def remove_service(self, name: str) -> None:
@@ -145,6 +146,14 @@ class LiveDirectory:
         if known is None or key in self._expiring or not store.same_registration(known, instance):
             await self._commit(store.PutInstance(name, instance))
         self._heartbeats.hear(key, self._clock.monotonic())
+
+    def silence(self) -> dict[str, dict[str, float]]:
+        """Seconds since each instance was last heard, by service and id, as far as this member has while it leads."""
+        now = self._clock.monotonic()
+        silence: dict[str, dict[str, float]] = {}
+        for (name, instance_id), at in self._heartbeats.heard.items():
+            silence.setdefault(name, {})[instance_id] = round(now - at, 1)
+        return silence
 
     async def remove_instance(self, name: str, instance_id: str) -> None:
         await self._commit(store.RemoveInstance(name, instance_id))

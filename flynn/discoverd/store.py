@@ -175,6 +175,12 @@ def check_service_name(name: str) -> None:
         raise ValidationError("service", "must be lower case alphanumeric plus dash")
 
 
+def check_leader_type(leader_type: str) -> None:
+    """Empty is as good as `oldest`. A typing error would otherwise choose its leaders by age, unnoticed."""
+    if leader_type not in ("", *LeaderType):
+        raise ValidationError("leader_type", f"must be {' or '.join(LeaderType)}")
+
+
 def check_instance(instance: Instance) -> None:
     """The rules of a registration, in the order in which clients are told about them."""
     if not instance.proto:

@@ -83,6 +83,7 @@ async def test_the_life_of_a_service(wire: Wire) -> None:
         ("GET", "/services/web/leader", None, 404, "object_not_found"),
         ("GET", "/services/web/meta", None, 404, "object_not_found"),
         ("PUT", "/services/Web", {}, 400, "validation_error"),
+        ("PUT", "/services/new", {"leader_type": "manually"}, 400, "validation_error"),
         ("PUT", "/services/new", b"{", 400, "syntax_error"),
         ("PUT", "/services/new", None, 400, "syntax_error"),
         ("PUT", f"/services/no/instances/{ID}", INSTANCE, 404, "object_not_found"),
@@ -115,6 +116,16 @@ async def test_small_kindnesses_of_the_original(wire: Wire) -> None:
     assert (await wire.send("PUT", "/services/web/instances/ignored", INSTANCE, content_type="text/plain"))[0] == 200
     assert (await wire.send("PUT", "/services/web/instances/x", {**INSTANCE, "index": 77, "unknown": 1}))[0] == 200
     assert (await wire.send("PUT", "/services/new", {}, content_type="text/plain"))[0] == 400
+
+
+async def test_who_was_heard_when_and_what_there_is(wire: Wire) -> None:
+    await wire.send("PUT", "/services/web", {"leader_type": ""})
+    await wire.send("PUT", f"/services/web/instances/{ID}", INSTANCE)
+    heard = json.loads((await wire.send("GET", "/debug/heartbeats"))[2])
+    assert 0 <= heard["web"][ID] < 5
+    assert json.loads((await wire.send("GET", "/services"))[2]) == {
+        "web": {"leader_type": "", "instances": 1, "leader": ID}
+    }
 
 
 async def test_unknown_paths_and_methods_are_plain_404s(wire: Wire) -> None:
