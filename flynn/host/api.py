@@ -86,7 +86,7 @@ class HostApi:
 
     def api(self) -> Api:
         """Return the table of endpoints."""
-        api = Api("flynn-host", status=self._health)
+        api = Api("flynn-host", status=self._health, redirect_slash=True)
         api.route("GET", "/metrics", self._metrics, allow=INSIDERS)
         api.route("GET", "/host/jobs", self._fenced(self._jobs), allow=JOB_MAKERS)
         api.route("GET", "/host/jobs/{id}", self._job, allow=JOB_MAKERS)

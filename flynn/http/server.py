@@ -300,6 +300,7 @@ class Api:
         bare: frozenset[int] = frozenset(),
         before: Callable[[Request], Raw | None] | None = None,
         headers: Callable[[Request], Mapping[str, str]] | None = None,
+        redirect_slash: bool = False,
     ) -> None:
         """
         Args:
@@ -308,6 +309,7 @@ class Api:
             bare: status codes of refusals that are sent without a body (the controller's 401 and 404).
             before: may answer a request before anything else is looked at.
             headers: adds to every answer.
+            redirect_slash: a slash too much at the end of a path is answered with the way to the path without.
         """
         self.name = name
         self.version = version
@@ -318,6 +320,7 @@ class Api:
         self._bare = bare
         self._before = before
         self._headers = headers
+        self._redirect_slash = redirect_slash
         self.route("GET", "/ping", _pong, allow=ANYONE)
         self.route("GET", "/.well-known/status", self._well_known_status, allow=status_access)
         self.route("GET", "/metrics", _metrics, allow=INSIDERS)
@@ -365,7 +368,10 @@ class Api:
         async def middleware(request: web.Request, handler: AiohttpHandler) -> web.StreamResponse:
             try:
                 return _closing_if_unread(request, await handler(request))
-            except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+            except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+                led = self._redirect_slash and isinstance(error, web.HTTPNotFound)
+                if led and (elsewhere := await _without_slash(request)) is not None:
+                    return _closing_if_unread(request, elsewhere)
                 asked = Request(request, _caller(request, key), self._max_body_bytes)
                 extra = dict(self._headers(asked)) if self._headers else {}
                 try:
@@ -452,6 +458,18 @@ def _closing_if_unread(request: web.Request, response: web.StreamResponse) -> we
     if not response.prepared and request.can_read_body:
         response.force_close()
     return response
+
+
+async def _without_slash(request: web.Request) -> web.Response | None:
+    """The original's redirection (301 for GET, 307 with the body sent again for others) to a path that there is."""
+    path = request.rel_url.raw_path
+    if len(path) < 2 or not path.endswith("/"):
+        return None
+    target = request.rel_url.with_path(path.rstrip("/"), encoded=True, keep_query=True)
+    found = await request.app.router.resolve(request.clone(rel_url=target))
+    if found.http_exception is not None or target.raw_path.startswith("//"):
+        return None
+    return web.Response(status=301 if request.method == "GET" else 307, headers={"Location": str(target)})
 
 
 async def _no_continue_limit(request: web.Request) -> None:

@@ -9,6 +9,7 @@ import uuid
 import pytest
 
 from flynn.host.client import HostClient
+from flynn.identity import Identity
 from flynn.types.codec import replace
 from flynn.types.errors import Conflict, NotFound, RateLimited, ValidationError
 from flynn.types.host import ContainerConfig, HostJob, Mountspec, ResourceCheckPort
@@ -41,6 +42,22 @@ async def test_tags_are_merged_and_kept(machine: TestMachine, host: HostClient) 
     assert (await host.status()).tags == {"disk": "ssd", "fast": "true"}
     await host.set_tags({"disk": "", "fast": ""})
     assert (await host.status()).tags == {}
+
+
+async def test_a_slash_too_much_is_led_to_the_path_without(machine: TestMachine, host: HostClient) -> None:
+    for method, path, status, location in (
+        ("GET", "/host/jobs/?active=true", b"301", b"/host/jobs?active=true"),
+        ("POST", "/host/tags/", b"307", b"/host/tags"),
+        ("GET", "/host/nothing/", b"404", b""),
+        ("GET", "//host/jobs/", b"404", b""),
+    ):
+        context = Identity.load(machine.state / "identity").client_context()
+        reader, writer = await asyncio.open_connection(machine.ip, 1113, ssl=context)
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert head.split(b" ")[1] == status, head
+        assert head.partition(b"Location: ")[2].partition(b"\r")[0] == location
 
 
 async def test_ports_that_somebody_listens_on_are_told(host: HostClient) -> None:
