@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 from flynn.identity.peer import Peer, PeerKind, peer_of
 from flynn.logaggregator.buffer import Logs
-from flynn.logaggregator.rfc5424 import FrameDecoder, FramingViolation, Malformed, decode
+from flynn.logaggregator.rfc5424 import FrameDecoder, FramingViolation, Malformed, MessageDecoder
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ class Collector:
             writer.transport.abort()
 
     async def _read(self, reader: asyncio.StreamReader, peer: Peer | None) -> None:
-        frames = FrameDecoder()
+        frames, messages = FrameDecoder(), MessageDecoder()
         refused = 0
         while chunk := await reader.read(READ_BYTES):
             for raw in frames.feed(chunk):
                 try:
-                    self._logs.add(decode(raw))
+                    self._logs.add(messages.decode(raw))
                 except Malformed as error:
                     refused += 1
                     if refused.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a broken sender must not fill our log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from flynn.logaggregator.buffer import MESSAGE_OVERHEAD_BYTES, Filter, Follower, Logs
 from flynn.logaggregator.rfc5424 import Message, Stream
+from flynn.types.codec import replace
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
 ALL = Filter()

@@ -13,6 +13,7 @@ from flynn.logaggregator.rfc5424 import (
     FramingViolation,
     Malformed,
     Message,
+    MessageDecoder,
     Stream,
     decode,
     encode,
@@ -106,6 +107,44 @@ def test_round_trip(time: datetime, seq: int, text: bytes) -> None:
         time=time.replace(tzinfo=UTC), seq=seq, host="h", app="a", process="p", stream=Stream.INIT, text=text
     )
     assert decode(encode(message)) == message
+
+
+PARTS = st.sampled_from(
+    [
+        WIRE,
+        WIRE[:-5],
+        WIRE[:-6],
+        WIRE[:-8],
+        WIRE.replace(b"42", b"43"),
+        WIRE.replace(b"42", b"123456789012345678901"),
+        WIRE.replace(b"42", b""),
+        WIRE.replace(b"42", b"x"),
+        WIRE.replace(b'"42"]', b'"42" a="b"]'),
+        WIRE.replace(b'"42"]', b'"42"][x y="z"]'),
+        WIRE.replace(b"[flynn", b'[x y="z"][flynn'),
+        WIRE.replace(b" hello", b'hello [flynn seq="9"] there'),
+        WIRE.replace(b"hello", b'hello [flynn seq="9"] there'),
+        WIRE.replace(b"ID1", b"ID2"),
+        WIRE.replace(b"web.", b"worker."),
+        WIRE.replace(b"05.6789", b"06.6789"),
+        WIRE.replace(b"<190>", b"<999>"),
+        b' [flynn seq="1"] x',
+    ]
+)
+
+
+@given(st.lists(PARTS | st.binary(max_size=30), max_size=8))
+def test_what_neighbours_share_changes_no_answer(raws: list[bytes]) -> None:
+    decoder = MessageDecoder()
+    for raw in raws:
+        try:
+            alone: Message | None = decode(raw)
+        except Malformed:
+            alone = None
+        try:
+            assert decoder.decode(raw) == alone
+        except Malformed:
+            assert alone is None
 
 
 @given(st.lists(st.binary(max_size=30), max_size=10), st.integers(1, 40))
