@@ -18,6 +18,7 @@ from flynn.logaggregator.rfc5424 import Message
 MAX_LINES = 10000  # per app
 MAX_BYTES = 64 << 20  # of all apps together, estimated
 MESSAGE_OVERHEAD_BYTES = 220  # measured: the object, its time, its number, its place in the list
+SLACK = 20  # one more line in so many is kept, unseen, so that not every line has to push another one out
 FOLLOWER_LIMIT = 1000
 
 Cursor = tuple[datetime, int]
@@ -84,7 +85,7 @@ class AppLog:
             return False
         lines.insert(position, message)
         self.size += _weight(message)
-        if len(lines) > max_lines:
+        if len(lines) > max_lines + max_lines // SLACK:
             self.drop_oldest(len(lines) - max_lines)
         return True
 
@@ -130,14 +131,17 @@ class Logs:
         if log is None:
             return []
         if not last:
-            return [message for message in log.lines if wanted.admits(message)]
+            return [message for message in self._seen(log) if wanted.admits(message)]
         found: list[Message] = []
-        for message in reversed(log.lines):
+        for message in reversed(self._seen(log)):
             if wanted.admits(message):
                 found.append(message)
                 if len(found) == last:
                     break
         return found[::-1]
+
+    def _seen(self, log: AppLog) -> list[Message]:
+        return log.lines[-self._max_lines :]
 
     def follow(self, app: str, follower: Follower) -> None:
         """Let `follower` hear of every line of `app` from now on."""
@@ -152,7 +156,7 @@ class Logs:
     def everything(self) -> Iterator[Message]:
         """Iterate over all lines, app by app, as they were when each app's turn came."""
         for app in list(self._apps):
-            yield from list(self._apps[app].lines)
+            yield from self._seen(self._apps[app])
 
     def _make_room(self) -> None:
         """The chattiest app pays: a tenth of the largest buffer goes, so that this is not needed for every line."""

@@ -205,7 +205,7 @@ class FrameDecoder:
     """Cuts a byte stream into messages."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Return the messages that are complete now.
@@ -213,20 +213,20 @@ class FrameDecoder:
         Raises:
             FramingViolation: what follows is no length, or too large a one.
         """
-        self._buffer += chunk
+        data = self._rest + chunk
         messages: list[bytes] = []
         position = 0
-        while (blank := self._buffer.find(b" ", position, position + MAX_LENGTH_DIGITS + 1)) >= 0:
-            digits = bytes(self._buffer[position:blank])
+        while (blank := data.find(b" ", position, position + MAX_LENGTH_DIGITS + 1)) >= 0:
+            digits = data[position:blank]
             if not digits.isdigit() or int(digits) > MAX_MESSAGE_BYTES:
                 raise FramingViolation(f"bad frame length {digits!r}")
             end = blank + 1 + int(digits)
-            if end > len(self._buffer):
+            if end > len(data):
                 break
-            messages.append(bytes(self._buffer[blank + 1 : end]))
+            messages.append(data[blank + 1 : end])
             position = end
         else:
-            if len(self._buffer) - position > MAX_LENGTH_DIGITS:
+            if len(data) - position > MAX_LENGTH_DIGITS:
                 raise FramingViolation("no frame length")
-        del self._buffer[:position]
+        self._rest = data[position:]
         return messages

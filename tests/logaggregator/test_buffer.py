@@ -81,6 +81,16 @@ def test_a_full_buffer_loses_its_oldest_lines() -> None:
     assert texts(logs.read("a", ALL)) == ["2", "3", "4"]
 
 
+def test_what_is_kept_beyond_that_is_not_seen() -> None:
+    logs = Logs(max_lines=100)
+    for n in range(1000):
+        logs.add(message(n, n, str(n)))
+        assert len(logs.read("a", ALL)) == min(n + 1, 100)
+    assert texts(logs.read("a", ALL)) == texts(list(logs.everything())) == [str(n) for n in range(900, 1000)]
+    assert texts(logs.read("a", ALL, last=200)) == [str(n) for n in range(900, 1000)]
+    assert logs.size <= 105 * (MESSAGE_OVERHEAD_BYTES + 3)
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from("gh")), max_size=60))
 def test_any_order_of_arrival_gives_the_same_as_sorting(arrivals: list[tuple[int, int, str]]) -> None:
     logs = Logs(max_lines=1000)
