@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import hashlib
 import json
+import os
+import pty
 import signal
+import struct
 import subprocess
 import tarfile
+import termios
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -193,9 +198,7 @@ async def test_logs_signals_and_the_end(machine: TestMachine, host: HostClient, 
 async def test_a_command_runs_with_limits_a_volume_and_more_rights(
     machine: TestMachine, host: HostClient, image: Mountspec
 ) -> None:
-    layer = Layer(id=image.id, type=SQUASHFS_TYPE, length=image.size, hashes=image.hashes)
-    manifest = ImageManifest(rootfs=[Rootfs(layers=[layer])])
-    artifact = encode(Artifact(type="flynn", manifest=manifest.document(), layer_url_template=image.url)).decode()
+    artifact = artifact_of(image)
     script = "ulimit -n; touch /data/x && echo kept; grep CapEff /proc/self/status"
     options = ("--limits", "max_fd=1k,memory=64MB", "--volume", "/data", "--extra-caps", "net_admin")
     done = await tool(machine, "run", *options, artifact, "sh", "-c", script, stdin=subprocess.DEVNULL)
@@ -209,6 +212,75 @@ async def test_a_command_runs_with_limits_a_volume_and_more_rights(
     none = await tool(machine, "run", "/nonexistent", "true")
     assert none.returncode == 1
     assert "is no artifact" in none.stderr
+
+
+def artifact_of(image: Mountspec) -> str:
+    layer = Layer(id=image.id, type=SQUASHFS_TYPE, length=image.size, hashes=image.hashes)
+    manifest = ImageManifest(rootfs=[Rootfs(layers=[layer])])
+    return encode(Artifact(type="flynn", manifest=manifest.document(), layer_url_template=image.url)).decode()
+
+
+def resize(terminal: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+@root
+@slow
+async def test_a_command_on_a_terminal_has_its_size_its_keys_and_its_status(
+    machine: TestMachine, host: HostClient, image: Mountspec
+) -> None:
+    ours, theirs = pty.openpty()
+    resize(theirs, 30, 100)
+    script = "trap 'stty size' WINCH; stty size; read a; echo got $a; read b; echo got $b; sleep 60; echo late"
+    process = await asyncio.create_subprocess_exec(
+        *machine.command("run", artifact_of(image), "sh", "-c", script), env=machine.environment,
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 1000)
+
+    async def see(text: bytes) -> None:
+        async with asyncio.timeout(30):
+            await asyncio.to_thread(until, text)
+
+    try:
+        await see(b"30 100\r\n")
+        os.write(ours, b"one\n")
+        await see(b"got one\r\n")
+        os.write(ours, b"two\n")
+        await see(b"got two\r\n")
+        resize(ours, 40, 120)
+        os.write(ours, b"\x03")  # raw: it is the job's terminal that makes a signal of it
+        async with asyncio.timeout(30):
+            assert await process.wait() == 130
+        assert b"late" not in seen
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(ours)
+
+
+@root
+@slow
+async def test_a_signal_to_the_tool_is_passed_on(machine: TestMachine, host: HostClient, image: Mountspec) -> None:
+    script = "trap 'echo asked; exit 6' TERM; echo up; while true; do sleep 0.05; done"
+    process = await asyncio.create_subprocess_exec(
+        *machine.command("run", artifact_of(image), "sh", "-c", script), env=machine.environment,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        assert await process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGTERM)
+        assert await process.stdout.readline() == b"asked\n"
+        assert await process.wait() == 6
 
 
 @root
