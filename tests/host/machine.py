@@ -136,7 +136,7 @@ class TestMachine:
                 break
             time.sleep(0.05)
         if self.provider == "zfs":
-            subprocess.run(["zpool", "destroy", "-f", self.name], check=False, capture_output=True)
+            remove_pool(self.name)
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if line.split()[4].startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", line.split()[4]], check=False)
@@ -158,6 +158,28 @@ class TestMachine:
         await host.configure_discoverd(DiscoverdConfig(url=f"{self.ip}:1111", dns="100.102.7.1:53"))
 
 
+def pools() -> list[str]:
+    try:
+        listing = ["zpool", "list", "-H", "-o", "name"]
+        return subprocess.run(listing, check=False, capture_output=True, text=True, timeout=30).stdout.split()
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+
+
+def remove_pool(name: str) -> None:
+    """Destroy a pool, if there is one. zfs-fuse lets go of file systems late; left without its file a pool haunts it."""
+    for _ in range(100):
+        try:
+            done = subprocess.run(
+                ["zpool", "destroy", "-f", name], check=False, capture_output=True, text=True, timeout=30
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return
+        if "busy" not in done.stderr:
+            return
+        time.sleep(0.3)
+
+
 def remove_cgroups(name: str) -> None:
     """Their processes may still be being reaped."""
     for directory in sorted(Path("/sys/fs/cgroup").glob(f"*/{name}/**/"), reverse=True):
@@ -171,6 +193,10 @@ def remove_cgroups(name: str) -> None:
 
 def sweep() -> None:
     """Take away what test runs have left that were killed: namespaces, processes in them, cgroups, pools."""
+    for name in pools():
+        owner = name.removeprefix("fht").partition("x")[0]
+        if name.startswith("fht") and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            remove_pool(name)
     for namespace in Path("/run/netns").glob("fht*x*"):
         owner = namespace.name.removeprefix("fht").partition("x")[0]
         if not owner.isdigit() or Path(f"/proc/{owner}").exists():
@@ -182,7 +208,6 @@ def sweep() -> None:
                 os.kill(int(pid), signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        subprocess.run(["zpool", "destroy", "-f", namespace.name], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "del", namespace.name], check=False)
         remove_cgroups(namespace.name)
 
