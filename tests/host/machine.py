@@ -167,7 +167,7 @@ def pools() -> list[str]:
 
 
 def remove_pool(name: str) -> None:
-    """Destroy a pool, if there is one. zfs-fuse lets go of file systems late; left without its file a pool haunts it."""
+    """Destroy a pool, if there is one. zfs-fuse lets go of file systems late, and a pool without its file haunts it."""
     for _ in range(100):
         try:
             done = subprocess.run(
