@@ -70,11 +70,15 @@ class Answering:
         return Heard(Answer.WELL, id=instance.meta[ID])
 
 
-class Lifeless:
-    """Daemons whose databases do not run."""
+@dataclass
+class DownUntil:
+    """Daemons whose databases run from a moment on."""
+
+    moment: float
 
     async def ask(self, instance: Instance) -> Heard:
-        return Heard(Answer.DOWN, id=instance.meta[ID])
+        now = asyncio.get_running_loop().time()
+        return Heard(Answer.DOWN if now < self.moment else Answer.WELL, id=instance.meta[ID])
 
 
 class Contested(MemoryRegistry):
@@ -203,14 +207,13 @@ def test_who_was_deposed_stays_quiet_whatever_happens_to_the_others() -> None:
 
 
 def test_a_primary_that_starts_slowly_does_not_blame_its_sync_for_having_nothing_to_copy() -> None:
-    async def story() -> None:
+    async def story(well_from: float) -> int:
         async with playing("n1", "n2", "n3") as (peer, database, registry), supervisor() as spawn:
             database.start_seconds = 20
-            peer.neighbours = Lifeless()
+            peer.neighbours = DownUntil(asyncio.get_running_loop().time() + well_from)
             spawn("look", peer.look())
-            await asyncio.sleep(19)
-            assert (await registry.stored()).generation == 5
-            await asyncio.sleep(10)
-            assert (await registry.stored()).generation > 5, "when it runs, it is entitled to a sync"
+            await asyncio.sleep(30)
+            return (await registry.stored()).generation
 
-    run_virtually(story())
+    assert run_virtually(story(21)) == 5, "a second after it could be copied the sync runs"
+    assert run_virtually(story(29)) > 5, "but once there is something to copy, it is expected to"
