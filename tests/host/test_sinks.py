@@ -152,6 +152,11 @@ async def test_everything_about_a_sink_is_kept_and_no_line_is_lost_over_broken_c
             assert [end for end in dict.fromkeys(ends) if end in ("before", "meanwhile", "afterwards")] == [
                 "before", "meanwhile", "afterwards",
             ]  # fmt: skip
+            machine.end()
+            machine.start()
+            await run_to_end(host, job(image, "echo again"))
+            await eventually(lambda: has("again"), 30)
+            assert [frame.endswith(" afterwards") for frame in server.frames()].count(True) == 1
             # What was changed counts from now on.
             async with collector(machine.outside) as elsewhere:
                 await host.put_sink(
@@ -163,6 +168,7 @@ async def test_everything_about_a_sink_is_kept_and_no_line_is_lost_over_broken_c
                     return any(frame.endswith(" moved") for frame in elsewhere.frames())
 
                 await eventually(moved, 30)
+                assert not any(frame.endswith(" before") for frame in elsewhere.frames())
         assert sink_id not in [one.id for one in await host.sinks()]
         with pytest.raises(NotFound, match="couldn't be found"):
             await host.delete_sink(sink_id)

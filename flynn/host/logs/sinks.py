@@ -76,6 +76,8 @@ class Sinks:
         known = self._sinks.get(sink.id)
         if known is not None and (known.kind, known.config) == (sink.kind, sink.config):
             return known
+        if known is not None and sink.cursor is None:
+            sink = replace(sink, cursor=known.cursor)  # what has been sent is not sent again, wherever it goes now
         try:
             await self._store.commit(state.save_sink(sink), durable=True)
         except sqlite3.Error as error:
@@ -162,6 +164,9 @@ class Sinks:
         finally:
             gone.cancel()
             shipment.close()
+            if sink_id is not None and sink_id in self._sinks:
+                # Also when the daemon leaves: the next one begins behind what has been sent.
+                self._store.commit(state.save_sink(self._sinks[sink_id])).add_done_callback(_ignore_failure)
 
     def _remember(self, sink_id: str, cursor: Cursor, saved: float) -> float:
         moment = SinkCursor(time=EPOCH + timedelta(microseconds=cursor[0]), seq=cursor[1])
