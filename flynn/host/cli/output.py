@@ -59,7 +59,8 @@ async def log(init: bool, follow: bool, lines: int, split_stderr: bool, job_id: 
                         raise click.ClickException(frame.message)
                     if isinstance(frame, attach.Data):
                         if lines:  # a frame may have several of them, or none: the end of a stream
-                            tail += [attach.Data(frame.stream, line) for line in frame.data.splitlines(keepends=True)]
+                            rows = frame.data.removesuffix(b"\n").split(b"\n") if frame.data else []
+                            tail += [attach.Data(frame.stream, row + b"\n") for row in rows]
                         else:
                             _write(frame, split_stderr)
         except attach.AttachRefused as error:
