@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import click
 
 from flynn.appliances.sirenia.client import ApplianceStatus, DatabaseClient
-from flynn.host.cli.access import admin_key, runs, state_dir
+from flynn.host.cli.access import admin_key, directory_url, runs, state_dir
 from flynn.host.cli.show import emit
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.identity import Identity
@@ -81,7 +81,7 @@ async def unfreeze(service: str) -> None:
 
 
 async def _peers(service: str) -> list[Instance]:
-    async with HttpClient("http://127.0.0.1:1111", auth=KeyAuth(admin_key()), timeout=ASK_SECONDS) as http:
+    async with HttpClient(directory_url(), auth=KeyAuth(admin_key()), timeout=ASK_SECONDS) as http:
         found = await http.get(f"/services/{service}/instances", answer=list[Instance])
     if not found:
         raise click.ClickException(f"no peer of {service} is registered")
