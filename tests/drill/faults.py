@@ -240,6 +240,29 @@ def _(scene: Scene) -> None:
         raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
 
 
+@fault("update-hosts", "flynn-host is updated in place, node by node")
+def _(scene: Scene) -> None:
+    before = {job.id for job in scene.cluster.all_jobs()}
+    scene.strike(*scene.cluster.members)
+    for member in scene.cluster.members:
+        pid, last = scene.host_pid(member), _last_update(member)
+        said = ask(member, HOST_API, "/host/update", method="POST", body="{}", seconds=60)
+        if said.status != 200:
+            raise NotMet(f"{member.id} refuses the update: {said.status} {said.body[:300]}")
+        until("the update is over", lambda m=member, u=last: "" if _last_update(m) != u else "not yet", 60)  # type: ignore[misc]
+        if (update := _last_update(member)).get("error") or scene.host_pid(member) != pid:
+            raise NotMet(f"the update of {member.id}: {update.get('error') or 'another process'}")
+    gone = before - {job.id for job in scene.cluster.all_jobs()}
+    if gone:
+        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+
+
+def _last_update(member: Node) -> dict[str, str]:
+    said = ask(member, HOST_API, "/host/status").json()
+    assert isinstance(said, dict)
+    return said.get("update") or {}
+
+
 # A daemon is stopped for a while: it keeps its connections and says nothing.
 
 
