@@ -499,6 +499,8 @@ def _(scene: Scene) -> None:
     scene.strike(member)
     try:
         _fill(filler)
+        until("the host says what is wrong", lambda: "" if _disk_trouble(member) else "nothing", CUT_SECONDS)
+        scene.say(f"the host says: {_disk_trouble(member)}")
         of_app = [job for job in scene.cluster.jobs(member) if job.app == APP]
         if of_app:
             scene.signal(of_app[0], "KILL")  # one has to be started anew, wherever there is room
@@ -507,6 +509,13 @@ def _(scene: Scene) -> None:
         time.sleep(max(0.0, scene.struck_at + CUT_SECONDS - time.monotonic()))
     finally:
         filler.unlink(missing_ok=True)
+    until("the host has room again", lambda: _disk_trouble(member), CUT_SECONDS)
+
+
+def _disk_trouble(member: Node) -> str:
+    said = ask(member, HOST_API, "/host/status").json()
+    assert isinstance(said, dict)
+    return str((said.get("disk") or {}).get("trouble", ""))
 
 
 def _fill(filler: Path) -> None:
