@@ -215,6 +215,7 @@ class Request:
 
 
 _UPGRADE = re.compile(rb"[A-Z]+ \S+ HTTP/1\.1\r\n(?:[^\r\n]*\r\n)*?(?i:upgrade):[^\r\n]*\r\n")
+_CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding:")
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r\n")
 
 
@@ -240,7 +241,8 @@ class _Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._body_left is None and not self._upgraded and self._current_request is None and not self._messages:
             end = data.find(b"\r\n\r\n") + 4
-            if end >= 4 and _UPGRADE.match(data, 0, end) is not None:
+            # The end of a chunked body is not known in advance: of such a request nothing behind it is kept.
+            if end >= 4 and _UPGRADE.match(data, 0, end) is not None and _CHUNKED.search(data, 0, end) is None:
                 length = _LENGTH.search(data, 0, end)
                 self._body_left = end + (int(length[1]) if length else 0)
         if self._body_left is None:
