@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flynn.types.app import SYSTEM_APP, App
+from flynn.types.app import HANDS_OVER, SYSTEM_APP, App, Strategy
 from flynn.types.artifact import DEFAULT_ENTRYPOINT, SQUASHFS_TYPE, Artifact, Entrypoint
 from flynn.types.codec import replace
 from flynn.types.host import (
@@ -93,6 +93,8 @@ def formation_job(
     }
     if process.service:
         metadata[META_SERVICE] = process.service
+    if app.strategy == Strategy.DISCOVERD_META:
+        metadata[HANDS_OVER] = "true"
     return HostJob(
         id=identifier,
         metadata=metadata,

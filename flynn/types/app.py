@@ -11,6 +11,8 @@ SYSTEM_APP = "flynn-system-app"
 SYSTEM_CRITICAL = "flynn-system-critical"
 VOLUME_SCOPE = "flynn-volume-scope"  # "app": a new release takes over the volumes of the one before; "release": not
 
+HANDS_OVER = "flynn-hands-over"  # in the metadata of a job: it gives its volumes to a successor that runs already
+
 
 class Strategy(StrEnum):
     ALL_AT_ONCE = "all-at-once"

@@ -33,9 +33,11 @@ from flynn.host.main import cli
 from flynn.host.networking import Subnet
 from flynn.host.runtime.spec import DEFAULT_CAPABILITIES, Limits
 from flynn.host.services.health import Change, Check, Health, UnknownCheck, observe, pause
+from flynn.types.app import HANDS_OVER, SYSTEM_APP
 from flynn.types.codec import Json, Nanoseconds, convert, encode, replace
 from flynn.types.errors import Conflict, ValidationError
 from flynn.types.host import (
+    META_APP,
     ActiveJob,
     ContainerConfig,
     HostJob,
@@ -123,6 +125,18 @@ def test_a_volume_is_free_again_when_its_job_is_down() -> None:
     with pytest.raises(Conflict, match="volumes in use: a, b"):
         admission.check(bound("h-2", "b", "a", "c"), {"h-1": holder})
     admission.check(bound("h-2", "a"), {"h-1": advance(holder, Broken("x"), NOW)[0]})
+
+
+def test_a_job_of_the_platform_may_share_its_volume_with_its_successor() -> None:
+    def one(job_id: str, **metadata: str) -> HostJob:
+        meta = {META_APP: "d", SYSTEM_APP: "true", HANDS_OVER: "true", **metadata}
+        return replace(bound(job_id, "a"), metadata={key: value for key, value in meta.items() if value})
+
+    holder = created(one("h-1"), "h", NOW)
+    admission.check(one("h-2"), {"h-1": holder})
+    for stranger in ({META_APP: "e"}, {SYSTEM_APP: ""}, {HANDS_OVER: ""}):
+        with pytest.raises(Conflict, match="volumes in use: a"):
+            admission.check(one("h-2", **stranger), {"h-1": holder})
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from flynn.types.app import HANDS_OVER, SYSTEM_APP
 from flynn.types.errors import Conflict, ValidationError
-from flynn.types.host import ActiveJob, HostJob
+from flynn.types.host import META_APP, ActiveJob, HostJob
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # it names a directory, a cgroup, and in part the job's machine
 MAX_USER = (1 << 32) - 2  # the last number means "leave it as it is"
@@ -17,16 +18,25 @@ DEVICE_TYPES = (ord("a"), ord("b"), ord("c"))
 def check(job: HostJob, jobs: Mapping[str, ActiveJob]) -> None:
     """Refuse a job without layers, with a taken id, or with volumes that another job uses.
 
-    A volume belongs to one starting or running job at a time: two writers on one file system ruin databases.
+    A volume belongs to one starting or running job at a time: two writers on one file system ruin databases. Except
+    that jobs of the platform that agree on who writes share it with their successor, see `hands_over`.
     """
     if not job.mountspecs:
         raise ValidationError("mountspecs", "must be set")
     check_values(job)
     if job.id in jobs:
         raise Conflict("job already exists")
-    taken = volumes_in_use(jobs.values()) & {binding.volume for binding in job.config.volumes}
+    others = (other for other in jobs.values() if not hands_over(other.job, job))
+    taken = volumes_in_use(others) & {binding.volume for binding in job.config.volumes}
     if taken:
         raise Conflict(f"volumes in use: {', '.join(sorted(taken))}")
+
+
+def hands_over(holder: HostJob, successor: HostJob) -> bool:
+    """Tell whether a job gives way to another one of the same app while both run."""
+    ours = (META_APP, SYSTEM_APP, HANDS_OVER)
+    one, other = ([job.metadata.get(key, "") for key in ours] for job in (holder, successor))
+    return one == other and bool(one[0]) and one[1:] == ["true", "true"]
 
 
 def check_values(job: HostJob) -> None:
