@@ -330,10 +330,13 @@ def source_of(repository: str, limits: Limits) -> Source:
 
 
 def address_of(repository: str) -> str:
-    """Return a repository's address in the one form that artifacts carry."""
-    if urlsplit(repository).scheme in ("http", "https", "file"):
-        return repository.rstrip("/")
-    return Path(repository).absolute().as_uri()
+    """Return a repository's address in the one form that artifacts carry. Raises `Unavailable` when it is none."""
+    try:
+        if urlsplit(repository).scheme in ("http", "https", "file"):
+            return repository.rstrip("/")
+        return Path(repository).absolute().as_uri()
+    except ValueError as error:
+        raise Unavailable(f"{repository!r} is no repository: {error}") from error
 
 
 def _reason(error: Exception) -> str:
