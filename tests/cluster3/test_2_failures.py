@@ -14,7 +14,9 @@ from tests.cluster.lab.user import eventually
 pytestmark = pytest.mark.cluster3
 
 LEVELLED_SECONDS = 120  # from then on until every node has its share again
-REPLACED_SECONDS = 12  # from power-off until the node's stateless jobs run elsewhere
+#: From power-off until its stateless jobs run elsewhere, on a busy machine: silence of 10 s in the directory (less
+#: under a new leader, who has to be found first), a second or two of probes that nobody refuses, a start.
+REPLACED_SECONDS = {"a follower": 16, "the leader": 22}
 
 
 def write(three: Lab, at: Node, service: str) -> bool:
@@ -125,4 +127,4 @@ def test_a_node_without_power_is_replaced_and_comes_back(three: Lab, user: TrioU
             eventually(lambda member=member: len(three.answering(member)) == 6, 30)  # type: ignore[misc]
     print(f"requests meanwhile: {dict(answers)}")
     assert answers["answered"] and not answers["failed"]
-    assert seconds <= REPLACED_SECONDS
+    assert seconds <= REPLACED_SECONDS[which]

@@ -38,6 +38,7 @@ class Scene:
     repository: Path
     struck_at: float = field(default_factory=time.monotonic)
     victims: set[Node] = field(default_factory=set)
+    booting: set[Node] = field(default_factory=set)  # have got their power back while others served
 
     def strike(self, *victims: Node) -> None:
         """The blow falls now, on these nodes."""
@@ -97,6 +98,8 @@ class Scene:
         time.sleep(max(0.0, began + at_least - time.monotonic()))  # the fault itself has to last
 
     def power_on(self, *members: Node) -> None:
+        if set(self.cluster.lit):
+            self.booting.update(members)
         for member in members:
             network.plug_in(member)
             node.switch_on(member)
@@ -624,6 +627,7 @@ def _(scene: Scene) -> None:
         node.remove(member)
         scene.wait_carried(scene.struck_at, OFF_SECONDS)
         scene.inside(leader, f"flynn-host demote --force {member.ip}")
+        scene.booting.add(member)
         lab.add(member.number)
         scene.say(f"a new {member.id} has joined after {time.monotonic() - scene.struck_at:.1f} s")
         until("its discoverd observes", lambda: _not_observing(cluster, member), 60)

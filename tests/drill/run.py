@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.cluster.lab import node
 from tests.cluster.lab.cluster import PUBLISHED, Phases, down, up
-from tests.cluster.lab.layout import REPO, nodes
+from tests.cluster.lab.layout import REPO, Node, nodes
 from tests.cluster.lab.reach import HOST_API, NoAnswer, ask
 from tests.cluster.lab.trio import APP, TrioUser
 from tests.drill.faults import CATALOGUE, Fault, Scene, heal
@@ -36,9 +36,7 @@ class Outcome:
 
     fault: str
     recovered: bool
-    seconds_app: (
-        float  # from the blow (with no node left: from its end) to the last request that failed; 0: none failed
-    )
+    seconds_app: float  # from the blow (no node left: from its end) to the last failure through a living node, or 0
     seconds_whole: float  # from the end of the fault until all is as it was, as far as can be checked
     acknowledged_lost: int
     requests_failed: int  # of those sent to nodes that had power and link
@@ -192,16 +190,24 @@ class Drill:
         failed = [one for one in asked if one.problem]
         late = [one for one in failed if one.at > scene.struck_at + DETECTION_SECONDS and one.node not in scene.victims]
         self._note(fault, scene, failed)
+        missed = [one for one in failed if one.at >= self._serving_since(one.node, scene, asked)]
         outcome = Outcome(
             fault=fault.name,
             recovered=not problem,
-            seconds_app=round(max((one.answered_at - scene.struck_at for one in failed), default=0.0), 1),
+            seconds_app=round(max((one.answered_at - scene.struck_at for one in missed), default=0.0), 1),
             seconds_whole=round(whole_at - ended, 1),
             acknowledged_lost=lost,
             requests_failed=len(failed),
         )
         pause = self.cluster.writes.longest_pause(scene.struck_at, whole_at)
         return Line(outcome, len(asked), len(late), pause, whole=True, problem=problem)
+
+    @staticmethod
+    def _serving_since(member: Node, scene: Scene, asked: Sequence[Asked]) -> float:
+        """A node that boots while others serve is not a living one before its router has answered."""
+        if member not in scene.booting:
+            return scene.struck_at
+        return min((one.at for one in asked if one.node == member and not one.problem), default=scene.struck_at)
 
     def _note(self, fault: Fault, scene: Scene, failed: Sequence[Asked]) -> None:
         """Say why requests failed, and keep the list."""
