@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import tempfile
@@ -48,13 +49,16 @@ class Site:
 
 
 def free_port() -> int:
-    """A port whose successor is free as well: the management API listens there."""
+    """A port whose successor is free as well: the management API listens there.
+
+    Below those that outgoing connections get: whoever starts again later finds it free.
+    """
     while True:
+        port = random.randrange(15000, 32000)
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
             try:
-                second.bind(("127.0.0.1", port + 1))
+                first.bind(("0.0.0.0", port))
+                second.bind(("0.0.0.0", port + 1))
             except OSError:
                 continue
             return port
