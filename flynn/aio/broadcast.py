@@ -72,22 +72,22 @@ class Subscription(Generic[T]):
 
 class Broadcast(Generic[T]):
     def __init__(self) -> None:
-        self._subscriptions: set[Subscription[T]] = set()
+        self._subscriptions: dict[Subscription[T], None] = {}  # in order, so that a simulation repeats itself
 
     @asynccontextmanager
     async def subscribe(self, limit: int = 1000) -> AsyncIterator[Subscription[T]]:
         """Everything sent while the block is open, at most `limit` items behind (then `Overflowed` is raised)."""
         subscription: Subscription[T] = Subscription(limit)
-        self._subscriptions.add(subscription)
+        self._subscriptions[subscription] = None
         try:
             yield subscription
         finally:
-            self._subscriptions.discard(subscription)
+            self._subscriptions.pop(subscription, None)
 
     def send(self, item: T) -> None:
         for subscription in tuple(self._subscriptions):
             if not subscription._offer(item):
-                self._subscriptions.discard(subscription)  # also one that nobody has begun to read
+                self._subscriptions.pop(subscription, None)  # also one that nobody has begun to read
 
     def close(self, reason: Exception | None = None) -> None:
         """End every subscription, after what is queued, by raising `reason`."""
