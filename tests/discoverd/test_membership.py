@@ -225,7 +225,7 @@ async def test_a_new_node_in_place_of_a_removed_member_observes(lab: Lab, monkey
         await until(lambda: back.knows("afterwards"))
         await back.post("/raft/promote")
         await back.create("by-a-member")
-        assert all(node.knows("by-a-member") for node in (leader, back))
+        await until(lambda: all(node.knows("by-a-member") for node in (leader, back)))
 
 
 async def test_who_was_removed_while_away_observes_when_it_is_back(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
