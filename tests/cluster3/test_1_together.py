@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,12 @@ def test_the_mtu_of_a_container_is_what_the_overlay_carries(three: Lab, app: str
 def test_names_resolve_on_every_node(three: Lab, app: str) -> None:
     for member in three.nodes:
         bridge = json.loads(three.on(member, "flynn-host", "status", "--json"))["discoverd"]["dns"].partition(":")[0]
-        answer = three.on(member, "dig", "+short", f"@{bridge}", f"{app}-web.discoverd", "+tcp")
+        ask = (
+            "import dnslib, sys; ask = dnslib.DNSRecord.question(sys.argv[2]);"
+            "reply = ask.send(sys.argv[1], 53, tcp=True, timeout=5);"
+            "print(*(record.rdata for record in dnslib.DNSRecord.parse(reply).rr))"
+        )
+        answer = three.on(member, sys.executable, "-c", ask, bridge, f"{app}-web.discoverd")
         assert len(answer.split()) == 6
 
 
