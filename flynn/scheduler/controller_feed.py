@@ -17,6 +17,7 @@ from flynn.scheduler.events import (
     VolumeRecorded,
     VolumesRecorded,
 )
+from flynn.scheduler.model import JobID
 from flynn.scheduler.neighbours import ControllerApi, Tell
 from flynn.types.codec import ZERO_TIME
 from flynn.types.errors import ApiError
@@ -34,8 +35,11 @@ class ControllerFeed:
         self._clock = clock
         self._tell = tell
 
-    async def list_records(self) -> None:
-        """Tell which jobs the controller holds for active."""
+    async def list_records(self, untold: frozenset[JobID]) -> bool:
+        """Tell which jobs the controller holds for active; `untold` are those of which it has yet to be told something.
+
+        Returns whether it has answered.
+        """
         asked_at = self._clock.now()
         try:
             async with asyncio.timeout(LISTING_LIMIT.total_seconds()):
@@ -43,8 +47,9 @@ class ControllerFeed:
         except (ApiError, TimeoutError) as error:
             log.info("the controller's jobs cannot be listed", extra={"error": error})
             await self._tell(RecordsUnavailable())
-        else:
-            await self._tell(RecordsListed(tuple(wire.record(job) for job in jobs), asked_at))
+            return False
+        await self._tell(RecordsListed(tuple(wire.record(job) for job in jobs), asked_at, untold))
+        return True
 
     async def list_formations(self) -> None:
         asked_at = self._clock.now()

@@ -51,6 +51,7 @@ class Desk:
         self.blocked: dict[JobID, None] = {}
         self.starting: set[JobID] = set()  # start requests under way
         self.counts: dict[str, float] = defaultdict(float)  # what was done, by the names of `figures.COUNTED`
+        self._told: dict[JobID, datetime] = {}  # when the controller was last told of a job, by us as the leader
         self._actions: list[Action] = []
         self._due: list[tuple[datetime, int, Timer, str]] = []
         self._timer_count = 0
@@ -60,9 +61,23 @@ class Desk:
         """Have the shell do something, after this step."""
         self._actions.append(action)
 
-    def take_actions(self) -> list[Action]:
+    def take_actions(self, now: datetime) -> list[Action]:
         actions, self._actions = self._actions, []
+        self._told.update((action.job.id, now) for action in actions if isinstance(action, PersistJob))
         return actions
+
+    def told_since(self, id: JobID, moment: datetime) -> bool:
+        """Whether a copy of the controller's books that was asked for at that moment may lack what it was told."""
+        told_at = self._told.get(id)
+        return told_at is not None and told_at >= moment
+
+    def forget_told(self) -> None:
+        """We do not lead any more: what was still to be told is not told by us."""
+        self._told.clear()
+
+    def prune(self) -> None:
+        for id in [id for id in self._told if id not in self.world.jobs]:
+            del self._told[id]
 
     def mark_all(self) -> None:
         """Have every formation looked at."""

@@ -121,7 +121,7 @@ class Engine:
             self._balance.go_on(now)
             self._reconcile(now)
             self._placing.place(now)
-        return self._desk.take_actions()
+        return self._desk.take_actions(now)
 
     def next_due(self) -> datetime | None:
         """When to call `step` again even if nothing happens."""
@@ -235,6 +235,7 @@ class Engine:
         self._desk.blocked.clear()
         self._desk.starting.clear()
         self._jobs.forget_requests()
+        self._desk.forget_told()
         self._restarts.forget()
         self._balance.forget()
         self._awaited.clear()
@@ -302,6 +303,7 @@ class Engine:
 
     def _sweep(self, now: datetime) -> None:
         self.world.prune(now)
+        self._desk.prune()
         self._formations.prune()
         self._restarts.prune()
         self._balance.prune(now)

@@ -149,6 +149,7 @@ class RecordedJob:
 class RecordsListed:
     jobs: tuple[RecordedJob, ...]
     asked_at: datetime
+    untold: frozenset[JobID] = frozenset()  # of these the controller had yet to be told something when it was asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 from flynn.aio.clock import Clock
 from flynn.aio.supervisor import Spawn, TaskSet
 from flynn.discoverd.registry import Registry
-from flynn.scheduler.controller_feed import ControllerFeed
+from flynn.scheduler.controller_feed import RECONNECT, ControllerFeed
 from flynn.scheduler.engine import Engine
 from flynn.scheduler.errands import Errands
 from flynn.scheduler.events import (
@@ -78,6 +78,7 @@ class SchedulerLoop:
         self._sinks = SinkKeeper(controller, self._hosts, lambda: bool(engine.leader), self._hosts.found)
         self._resting = False
         self._resync_jobs = asyncio.Event()
+        self._resync_records = asyncio.Event()
         self._resync_formations = asyncio.Event()
 
     def start(self, spawn: Spawn) -> None:
@@ -87,7 +88,9 @@ class SchedulerLoop:
         spawn("compare hosts", self._hosts.compare())
         spawn("follow formations", self._controller.follow_formations())
         spawn("follow volumes", self._controller.follow_volumes())
-        spawn("list jobs", _every(JOBS_EVERY, self._resync_jobs, self._list_jobs))
+        # Side by side: a host that does not answer, which may be why we lead now, keeps nobody from the books.
+        spawn("list jobs", _every(JOBS_EVERY, self._resync_jobs, self._hosts.list_all))
+        spawn("list records", _every(JOBS_EVERY, self._resync_records, self._list_records))
         spawn("list formations", _every(FORMATIONS_EVERY, self._resync_formations, self._controller.list_formations))
         spawn("follow sinks", self._sinks.follow())
         spawn("bring sinks", _every(SINKS_EVERY, self._hosts.found, self._sinks.bring))
@@ -161,6 +164,7 @@ class SchedulerLoop:
                 self._traffic.watch_services(services)
             case Resync():
                 self._resync_jobs.set()
+                self._resync_records.set()
                 self._hosts.found.set()
                 self._resync_formations.set()
             case DropPending():
@@ -178,12 +182,11 @@ class SchedulerLoop:
                     self._mandate.term = leader.index if leader.id == own.id else 0
                     await self.tell(LeadershipChanged(leader.id == own.id))
 
-    async def _list_jobs(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            # Side by side: a host that does not answer, which may be why we lead now, keeps nobody from the books.
-            group.create_task(self._hosts.list_all(), name="list hosts")
-            if self.engine.leader is not False:
-                group.create_task(self._controller.list_records(), name="list records")
+    async def _list_records(self) -> None:
+        """Compare books with the controller, if it is ours to do: as soon as it answers, should it be away."""
+        delays = RECONNECT.delays()
+        while self.engine.leader is not False and not await self._controller.list_records(self.outbox.untold()):
+            await asyncio.sleep(next(delays))
 
 
 async def _every(period: timedelta, now: asyncio.Event, body: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from flynn.aio.backoff import Backoff
 from flynn.aio.supervisor import TaskSet
 from flynn.scheduler import wire
-from flynn.scheduler.model import FormationKey, Job, Volume
+from flynn.scheduler.model import FormationKey, Job, JobID, Volume
 from flynn.scheduler.neighbours import ControllerApi
 from flynn.types.codec import replace
 from flynn.types.errors import ApiError
@@ -51,6 +51,10 @@ class Outbox:
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
+
+    def untold(self) -> frozenset[JobID]:
+        """Return the jobs of which something has not been taken by the controller yet."""
+        return frozenset(JobID(id) for kind, _, id in (name.partition(" ") for name in self._queues) if kind == "job")
 
     def job(self, job: Job) -> None:
         told = wire.job(job)

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from flynn.scheduler.desk import Desk
 from flynn.scheduler.events import PersistJob, RecordedJob, RecordsListed
-from flynn.scheduler.model import WIRE_STATE, FormationKey, Job, JobState
+from flynn.scheduler.model import WIRE_STATE, FormationKey, Job, JobID, JobState
 from flynn.scheduler.restarts import Restarts
 
 WAITING = frozenset((WIRE_STATE[JobState.PENDING], WIRE_STATE[JobState.BLOCKED]))
@@ -15,7 +15,12 @@ RUNS = frozenset((WIRE_STATE[JobState.STARTING], WIRE_STATE[JobState.RUNNING]))
 
 
 def compare(desk: Desk, event: RecordsListed, now: datetime) -> None:
-    """Adopt what waits for its start, and tell the controller wherever it is wrong."""
+    """Adopt what waits for its start, and tell the controller wherever it is wrong.
+
+    What it has been told since it was asked, or was about to be told then, its answer may lack: that is right by
+    itself. Nothing else excuses a difference, a fresh report of a host in particular: whoever leads anew has seen jobs
+    come up that nobody told of, and hears of each of them again while it waits for the books.
+    """
     recorded = {record.id for record in event.jobs}
     for record in event.jobs:
         job = desk.world.jobs.get(record.id)
@@ -25,15 +30,16 @@ def compare(desk: Desk, event: RecordsListed, now: datetime) -> None:
         if record.restarts > job.restarts:
             job = replace(job, restarts=record.restarts)
             desk.world.put_job(job)
-        # What changed while the answer was under way has been told since; an end may not have been, if it was
-        # found in a listing, and can be told twice.
-        settled = job.state is JobState.STOPPED or job.last_news < event.asked_at
-        if settled and record.state != WIRE_STATE[job.state]:
+        if record.state != WIRE_STATE[job.state] and not _on_its_way(desk, event, job.id):
             desk.ask(PersistJob(job))
     for job in desk.world.jobs.values():
         active = job.state is not JobState.STOPPED and job.state is not JobState.BLOCKED
-        if active and job.id not in recorded and job.last_news < event.asked_at:
+        if active and job.id not in recorded and not _on_its_way(desk, event, job.id):
             desk.ask(PersistJob(job))
+
+
+def _on_its_way(desk: Desk, event: RecordsListed, id: JobID) -> bool:
+    return id in event.untold or desk.told_since(id, event.asked_at)
 
 
 def inherit(desk: Desk, restarts: Restarts, event: RecordsListed, now: datetime) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 from flynn.scheduler.engine import Engine
-from flynn.scheduler.events import FormationReceived, HostSeen, JobReport, JobsListed
+from flynn.scheduler.events import FormationReceived, HostSeen, JobReport, JobsListed, PersistJob, RecordsListed
 from flynn.scheduler.figures import COUNTED, exposition
 from flynn.scheduler.model import Formation, HostID, JobID, JobState
 from flynn.types.app import App
@@ -195,6 +195,26 @@ def test_a_one_off_job_is_mirrored_and_nothing_else() -> None:
     simulation.run(60)
     assert simulation.books[JobID("run")].state == "down"
     assert not host.active() and simulation.starts == 0
+
+
+def test_the_controller_is_told_again_of_what_its_books_lack_but_for_what_is_on_its_way() -> None:
+    simulation = ready(1)
+    begun = simulation.now
+    simulation.scale("shop", {"worker": 1})
+    simulation.run(1)
+    engine, (job,) = simulation.engines[0], first(simulation).active()
+    simulation.report(first(simulation), job)
+    simulation.run(1)
+
+    def told(books: RecordsListed) -> list[JobState]:
+        actions = engine.step([books], simulation.now)
+        return [action.job.state for action in actions if isinstance(action, PersistJob)]
+
+    now = simulation.now
+    assert told(RecordsListed((), begun)) == [], "it was asked before it was told"
+    assert told(RecordsListed((), now, frozenset((job.id,)))) == [], "it was asked while it was still to be told"
+    assert told(RecordsListed((), now)) == [JobState.RUNNING], "that a host has just said the same again is no excuse"
+    assert told(RecordsListed((), now)) == [], "once"
 
 
 def test_jobs_that_ended_are_forgotten_after_a_while() -> None:

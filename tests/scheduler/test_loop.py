@@ -11,6 +11,7 @@ from itertools import count
 from random import Random
 
 import pytest
+from pytest import param
 
 from flynn.aio.broadcast import Broadcast
 from flynn.aio.clock import SystemClock
@@ -99,6 +100,8 @@ class MemoryController:
         self.sinks: Broadcast[Sink] = Broadcast()
         self.told: list[str] = []
         self.away = False
+        self.listable = True
+        self.active: list[ExpandedFormation] = []
 
     async def follow_formations(self, since: datetime = ZERO_TIME) -> AsyncIterator[ExpandedFormation]:
         async with self.formations.subscribe() as changes:
@@ -118,9 +121,11 @@ class MemoryController:
                 yield change
 
     async def active_formations(self) -> list[ExpandedFormation]:
-        return []
+        return self.active
 
     async def active_jobs(self) -> list[Job]:
+        if not self.listable:
+            raise Unreachable("away")
         return []
 
     async def put_job(self, job: Job) -> Job:
@@ -148,15 +153,11 @@ class World:
 
     def scale(self, web: int) -> None:
         request = ScaleRequest(id="s1", app="shop", release="rel", state="pending")
-        self.controller.formations.send(
-            ExpandedFormation(
-                app=App(id="shop", name="shop"),
-                release=WEB,
-                processes={"web": web},
-                pending_scale_request=request,
-                updated_at=datetime.now(UTC),
-            )
+        wanted = ExpandedFormation(
+            app=App(id="shop", name="shop"), release=WEB, processes={"web": web}, updated_at=datetime.now(UTC)
         )
+        self.controller.active = [wanted] if web else []
+        self.controller.formations.send(replace(wanted, pending_scale_request=request))
 
     async def eventually(self, holds: Callable[[], bool], seconds: float = 5) -> None:
         async with asyncio.timeout(seconds):
@@ -247,6 +248,44 @@ async def test_who_leaves_decides_nothing_more_and_leaves_true_books(world: Worl
     assert len(world.host.running) == 1
 
 
+async def let_another_one_lead(world: World) -> tuple[Instance, Instance]:
+    """Returns our own registration, and that of the other one."""
+    (own,) = await world.registry.instances(SERVICE)
+    other = Instance.at("10.0.0.8:5000", "https")
+    await world.registry.register(SERVICE, other)
+    await world.registry.deregister(SERVICE, own.id)
+    await world.eventually(lambda: world.loop.engine.leader is False)
+    return own, other
+
+
+@pytest.mark.parametrize("listable", [param(True, id="at once"), param(False, id="as soon as the controller answers")])
+async def test_a_new_leader_tells_of_jobs_that_came_up_while_nobody_told(world: World, listable: bool) -> None:
+    """After a power cut of all nodes the schedulers' own jobs are such: hosts bring them back, before any leads."""
+    world.scale(1)
+    await world.registry.register("shop-web", Instance.at("10.1.0.2:8080", "tcp", {"FLYNN_JOB_ID": "h1-u1"}))
+    await world.eventually(lambda: "scale complete" in world.controller.told)
+    own, other = await let_another_one_lead(world)
+    world.controller.told.clear()
+    was = world.host.running["h1-u1"]
+    brought_back = replace(was, job=replace(was.job, id="h1-b1"))
+    await world.host.stop_job("h1-u1")
+    world.host.running["h1-b1"] = brought_back
+    world.host.events.send(JobEvent(event=JobEventKind.START, job_id="h1-b1", job=brought_back))
+    await world.registry.register("shop-web", Instance.at("10.1.0.3:8080", "tcp", {"FLYNN_JOB_ID": "h1-b1"}))
+    await world.eventually(lambda: "b1" in world.loop.engine.world.jobs)
+    assert world.controller.told == []
+    world.controller.listable = listable
+
+    await world.registry.register(SERVICE, own)
+    await world.registry.deregister(SERVICE, other.id)
+    await world.eventually(lambda: bool(world.loop.engine.leader))
+    if not listable:
+        await world.eventually(lambda: world.loop.engine.settled)
+        assert world.controller.told == []
+        world.controller.listable = True
+    await world.eventually(lambda: world.controller.told == ["up"])
+
+
 class SilentHost(MemoryHost):
     """Its machine has lost its power: connections stand, nothing is answered."""
 
@@ -265,12 +304,8 @@ async def test_a_new_leader_does_not_wait_for_a_host_that_died_with_the_one_befo
     dead = Instance.at("10.0.0.2:1113", "http", {"id": "h2"})
     await world.registry.register(HOST_SERVICE, dead)
     await world.eventually(lambda: "h2" in world.loop.engine.world.hosts)
-    (leader,) = await world.registry.instances(SERVICE)
-    other = Instance.at("10.0.0.8:5000", "https")
-    await world.registry.register(SERVICE, other)
-    await world.registry.deregister(SERVICE, leader.id)
-    await world.eventually(lambda: world.loop.engine.leader is False)
-    await world.registry.register(SERVICE, leader)
+    own, other = await let_another_one_lead(world)
+    await world.registry.register(SERVICE, own)
     await world.registry.deregister(SERVICE, other.id)
     await world.registry.deregister(HOST_SERVICE, dead.id)
     await world.eventually(lambda: bool(world.loop.engine.leader))

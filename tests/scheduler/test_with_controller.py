@@ -159,6 +159,23 @@ async def test_a_scheduler_that_comes_back_adopts_what_runs_and_replaces_what_is
         assert len(set(host.running) - before) == 1
 
 
+async def test_after_a_power_cut_the_books_name_the_jobs_that_the_hosts_brought_back(
+    controller: Controller, shop: Shop
+) -> None:
+    host = Host("h1")
+    async with scheduling(controller, host):
+        await controller.scale("shop", shop.release.id, {"web": 2})
+    lost = list(host.running.values())
+    host.running.clear()
+    for was in lost:
+        id = f"h1-{uuid.uuid4()}"
+        host.running[id] = replace(was, job=replace(was.job, id=id))
+    brought_back = set(host.running)
+    async with scheduling(controller, host):
+        await until(controller, [("web", "down")] * 2 + [("web", "up")] * 2)
+        assert {job.id for job in await controller.active_jobs()} == brought_back == set(host.running)
+
+
 async def test_a_job_that_no_host_fits_is_blocked_and_the_api_says_why(controller: Controller, shop: Shop) -> None:
     async with scheduling(controller, Host("h1")):
         formation = Formation(processes={"web": 1}, tags={"web": {"disk": "ssd"}})
