@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flynn.gitreceive import pktline, process
-from flynn.gitreceive.lease import Leases
+from flynn.gitreceive.lease import Lease, Leases
 from flynn.gitreceive.matching import Advertise, Exchange, Service, match
 from flynn.gitreceive.repository import Broken, Repositories, Repository, refs_of
+from flynn.gitreceive.strays import Strays
 from flynn.http.server import Api, Raw, Request, Streaming
 from flynn.identity import access
 from flynn.types.app import App
@@ -58,6 +59,7 @@ class Surroundings:
     apps: Apps
     repositories: Repositories
     leases: Leases
+    strays: Strays
     environment: Mapping[str, str]  # of git and, through the hook, of the receiver
 
 
@@ -154,7 +156,9 @@ class _Handlers:
                 async with asyncio.timeout(LEASE_SECONDS):
                     lease = await self._.leases.acquire(app.id)
             async with lease.kept(), self._.repositories.unpacked(app.id) as repository:
-                async with aclosing(self._push(app, repository, _joined(head, body), side_band)) as answer:
+                if lease.taken_over:
+                    await self._.strays.stop(app.id, lease.token)
+                async with aclosing(self._push(app, lease, repository, _joined(head, body), side_band)) as answer:
                     async for chunk in answer:
                         yield chunk
             log.info("push done", extra={"app": app.name, "seconds": round(time.monotonic() - began, 1)})
@@ -165,13 +169,14 @@ class _Handlers:
             yield _failure(side_band, "the repository cannot be read, see the log of gitreceive")
 
     async def _push(
-        self, app: App, repository: Repository, body: AsyncIterator[bytes], side_band: bool
+        self, app: App, lease: Lease, repository: Repository, body: AsyncIterator[bytes], side_band: bool
     ) -> AsyncGenerator[bytes, None]:
         before = await refs_of(repository)
         holder = pktline.ReportHolder(side_band)
         argv = process.arguments(Service.RECEIVE_PACK, repository.path)
         try:
-            async with aclosing(process.exchange(argv, body, self._environment(app))) as answer:  # type: ignore[type-var]  # an async generator
+            environment = {**self._environment(app), "RECEIVE_LEASE": lease.token}
+            async with aclosing(process.exchange(argv, body, environment)) as answer:  # type: ignore[type-var]  # an async generator
                 async for chunk in answer:
                     if passed := holder.feed(chunk):
                         yield passed

@@ -18,6 +18,7 @@ from typing import IO
 from flynn.aio.backoff import Backoff, retrying
 from flynn.blobstore.client import sign
 from flynn.gitreceive.release import BUILDER_TYPE, CannotBuild, Stack
+from flynn.gitreceive.strays import META_PUSH
 from flynn.host.attach import AttachRefused, Data, Exit, Failure, ProtocolViolation, Stream
 from flynn.host.client import Attachment, HostClient
 from flynn.jobspec import entrypoint, job_id, mountspecs
@@ -109,8 +110,9 @@ def build_job(
     volume: str,
     environment: Mapping[str, str],
     resources: Resources,
+    push: str = "",
 ) -> HostJob:
-    """Return what the host is asked to run."""
+    """Return what the host is asked to run. `push`: the token of the lease; empty for a build started by hand."""
     return HostJob(
         id=job_id(host_id, uuid),
         mountspecs=mountspecs([builder]),
@@ -119,6 +121,7 @@ def build_job(
             META_APP_NAME: app.name,
             META_RELEASE: previous.id if previous else "",
             META_TYPE: BUILDER_TYPE,
+            **({META_PUSH: push} if push else {}),
         },
         resources=resources,
         partition=PARTITION,

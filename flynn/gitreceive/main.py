@@ -19,10 +19,12 @@ from flynn.discoverd.instances import instance_from_environment
 from flynn.gitreceive.api import Surroundings, gitreceive_api
 from flynn.gitreceive.lease import Leases
 from flynn.gitreceive.repository import Repositories
+from flynn.gitreceive.strays import Strays
 from flynn.http.server import listen
 from flynn.identity import Identity
 
 SERVICE = "gitreceive"
+JOB_ID = "FLYNN_JOB_ID"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,22 @@ async def running(config: Config) -> AsyncIterator[None]:
     async with (
         blobstore.inside(identity, url=config.blobstore_url) as blobs,
         controller.inside(config.controller_key, identity, url=config.controller_url) as apps,
+        Discoverd.from_environment(config.environment) as registry,
     ):
+
+        async def is_listed(job: str) -> bool:
+            return any(instance.meta.get(JOB_ID) == job for instance in await registry.instances(SERVICE))
+
         surroundings = Surroundings(
             key=config.controller_key,
             apps=apps,
             repositories=Repositories(blobs, config.directory),
-            leases=Leases(blobs, SystemClock()),
+            leases=Leases(blobs, SystemClock(), config.environment.get(JOB_ID, ""), is_listed),
+            strays=Strays(registry, identity),
             environment={**config.environment, "HOME": str(home)},
         )
         async with (
             listen(gitreceive_api(surroundings), config.listen_ip or "0.0.0.0", config.port, tls=identity) as (_, port),
-            Discoverd.from_environment(config.environment) as registry,
             registry.registered(SERVICE, instance_from_environment(config.environment, port, proto="https")),
         ):
             yield

@@ -40,6 +40,7 @@ from flynn.gitreceive.release import (
     slug_artifact,
     slug_manifest,
 )
+from flynn.gitreceive.strays import HOST_SERVICE
 from flynn.host.client import HostClient
 from flynn.http.client import HttpClient
 from flynn.identity import Identity
@@ -55,7 +56,6 @@ T = TypeVar("T")
 READ_BYTES = 64 << 10
 DEPLOY_TIMEOUT_SECONDS = 120  # of an app that has none set
 MAX_RESULT_BYTES = 1 << 20
-HOST_SERVICE = "flynn-host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +192,7 @@ class Receiver:
                     volume=await buildjob.create_volume(host),
                     environment=environment,
                     resources=resources,
+                    push=self._config.environ.get("RECEIVE_LEASE", ""),
                 )
                 everything = buildjob.joined(source, buildjob.configuration_archive(env))
                 status = await buildjob.run_build(

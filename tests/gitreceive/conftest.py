@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -58,29 +57,30 @@ async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
         blobs_port = await serve(store, "blobstore", require_client=False)
         host_port = await serve(host.api(), "host")
         instances = {"flynn-host": [Instance.at(f"127.0.0.1:{host_port}", "https", {"id": "host1"})]}
-        discoverd_port = await serve(directory_api(instances), "discoverd")
-        config = Config.from_environment(
-            {
-                "PATH": os.environ["PATH"],
-                "HOME": str(tmp_path / "home"),
-                "PORT": "0",
-                "LISTEN_IP": "127.0.0.1",
-                "EXTERNAL_IP": "127.0.0.1",
-                "DISCOVERD": f"127.0.0.1:{discoverd_port}",
-                "FLYNN_IDENTITY": str(tmp_path / "gitreceive"),
-                "FLYNN_RECEIVER": str(receiver),
-                "TMPDIR": str(tmp_path / "tmp"),
-                "CONTROLLER_KEY": KEY,
-                "CONTROLLER_URL": f"https://127.0.0.1:{await serve(controller.api(), 'controller')}",
-                "BLOBSTORE_URL": f"https://127.0.0.1:{blobs_port}",
-                "BLOBSTORE_SIGNING_KEY": SIGNING_KEY,
-                "SLUGBUILDER_18_IMAGE_ID": "builder",
-                "SLUGRUNNER_18_IMAGE_ID": "runner",
-                "GIT_CONFIG_COUNT": "1",
-                "GIT_CONFIG_KEY_0": "protocol.file.allow",
-                "GIT_CONFIG_VALUE_0": "always",
-            }
-        )
+        refused: set[str] = set()
+        discoverd_port = await serve(directory_api(instances, refused), "discoverd")
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path / "home"),
+            "PORT": "0",
+            "FLYNN_JOB_ID": "host1-gitreceive",
+            "LISTEN_IP": "127.0.0.1",
+            "EXTERNAL_IP": "127.0.0.1",
+            "DISCOVERD": f"127.0.0.1:{discoverd_port}",
+            "FLYNN_IDENTITY": str(tmp_path / "gitreceive"),
+            "FLYNN_RECEIVER": str(receiver),
+            "TMPDIR": str(tmp_path / "tmp"),
+            "CONTROLLER_KEY": KEY,
+            "CONTROLLER_URL": f"https://127.0.0.1:{await serve(controller.api(), 'controller')}",
+            "BLOBSTORE_URL": f"https://127.0.0.1:{blobs_port}",
+            "BLOBSTORE_SIGNING_KEY": SIGNING_KEY,
+            "SLUGBUILDER_18_IMAGE_ID": "builder",
+            "SLUGRUNNER_18_IMAGE_ID": "runner",
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "protocol.file.allow",
+            "GIT_CONFIG_VALUE_0": "always",
+        }
+        config = Config.from_environment(environment)
         await stack.enter_async_context(running(config))
         http = await stack.enter_async_context(
             HttpClient(config.blobstore_url, tls=Identity.load(tmp_path / "gitreceive"))
@@ -94,5 +94,8 @@ async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
             ca=tmp_path / "router" / "ca.pem",
             key=KEY,
             directory=tmp_path,
+            environment=environment,
+            instances=instances,
+            refused=refused,
         )
-        await asyncio.sleep(0)
+        await host.end()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from flynn.types.deployment import Deployment, DeploymentEvent
 from flynn.types.errors import NotFound
 from flynn.types.event import Event
 from flynn.types.formation import Formation, ScaleRequest
-from flynn.types.host import AttachReq, HostJob, HostStatus
+from flynn.types.host import ActiveJob, AttachReq, HostJob, HostStatus, JobStatus
 from flynn.types.instance import Instance
 from flynn.types.job import Job
 from flynn.types.release import Release
@@ -189,6 +191,7 @@ class Host:
         makers = access("app:gitreceive")
         api.route("GET", "/host/status", self._status, allow=makers)
         api.route("POST", "/storage/providers/default/volumes", self._volume, allow=makers)
+        api.route("GET", "/host/jobs", self._list, allow=makers)
         api.route("PUT", "/host/jobs/{id}", self._add, allow=makers)
         api.route("DELETE", "/host/jobs/{id}", self._stop, allow=makers)
         api.route("POST", "/attach", self._attach, allow=makers)
@@ -224,12 +227,23 @@ class Host:
         self.children[job.id] = child
         self.waiting[job.id].set_result(child)
 
+    async def _list(self, request: Request) -> dict[str, ActiveJob]:
+        running = (id for id, child in self.children.items() if child.returncode is None)
+        return {id: ActiveJob(job=self.jobs[id], status=JobStatus.RUNNING) for id in running}
+
     async def _stop(self, request: Request) -> None:
         job = request.path("id")
         self.stopped.append(job)
         with suppress(ProcessLookupError):
             os.killpg(self.children[job].pid, signal.SIGKILL)
         await self.children[job].wait()
+
+    async def end(self) -> None:
+        """Leave no job behind."""
+        for child in self.children.values():
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            await child.wait()
 
     async def _attach(self, request: Request) -> None:
         wanted = await request.body(AttachReq)
@@ -266,14 +280,22 @@ class Host:
         connection.close()
 
 
-def directory_api(instances: dict[str, list[Instance]]) -> Api:
-    """discoverd, as far as clients ask here."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def directory_api(instances: dict[str, list[Instance]], refused: set[str]) -> Api:
+    """discoverd, as far as clients ask here; it lists no instance whose id is in `refused`."""
 
     async def get(request: Request) -> list[Instance]:
         return instances.get(request.path("service"), [])
 
     async def put(request: Request) -> None:
-        instances.setdefault(request.path("service"), []).append(await request.body(Instance))
+        given, listed = await request.body(Instance), instances.setdefault(request.path("service"), [])
+        if given.id not in refused and all(known.id != given.id for known in listed):
+            listed.append(given)
 
     async def delete(request: Request) -> None:
         return
@@ -283,6 +305,15 @@ def directory_api(instances: dict[str, list[Instance]]) -> Api:
     api.route("PUT", "/services/{service}/instances/{id}", put, allow=ANYONE)
     api.route("DELETE", "/services/{service}/instances/{id}", delete, allow=ANYONE)
     return api
+
+
+@dataclass
+class Other:
+    """Another gitreceive; `leave` takes it out of the directory, `kill` ends it and all its children."""
+
+    url: str
+    leave: Callable[[], None]
+    kill: Callable[[], None]
 
 
 @dataclass
@@ -296,19 +327,49 @@ class Platform:
     ca: Path
     key: str
     directory: Path
+    environment: dict[str, str]  # of gitreceive
+    instances: dict[str, list[Instance]]  # what the directory lists
+    refused: set[str]  # ids of instances that it does not list any more
     builds: int = 0
 
     def add_app(self, name: str) -> App:
         return self.controller.add_app(name)
 
-    def remote(self, app: str, key: str | None = None) -> str:
-        return self.url.replace("https://", f"https://user:{key or self.key}@") + f"/{app}.git"
+    @asynccontextmanager
+    async def another_gitreceive(self, job_id: str) -> AsyncIterator[Other]:
+        """A second gitreceive, in a process of its own."""
+        known = list(self.instances["gitreceive"])
+        child = await asyncio.create_subprocess_exec(
+            *("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
+            *(sys.executable, "-c", "from flynn.gitreceive.main import main; main()"),
+            env={**self.environment, "PORT": str(free_port()), "FLYNN_JOB_ID": job_id, "PYTHONPATH": str(REPOSITORY)},
+        )
+        try:
+            async with asyncio.timeout(30):
+                while len(self.instances["gitreceive"]) == len(known):
+                    await asyncio.sleep(0.05)
+            (added,) = [instance for instance in self.instances["gitreceive"] if instance not in known]
+
+            def leave() -> None:
+                self.refused.add(added.id)
+                self.instances["gitreceive"].remove(added)
+
+            yield Other(f"https://{added.addr}", leave, child.kill)
+        finally:
+            with suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+    def remote(self, app: str, key: str | None = None, url: str = "") -> str:
+        return (url or self.url).replace("https://", f"https://user:{key or self.key}@") + f"/{app}.git"
 
     @asynccontextmanager
-    async def pushing(self, repository: Path, app: str, *refs: str, key: str | None = None) -> AsyncIterator[Push]:
+    async def pushing(
+        self, repository: Path, app: str, *refs: str, key: str | None = None, url: str = ""
+    ) -> AsyncIterator[Push]:
         """A `git push` that runs while the block does."""
         child = await asyncio.create_subprocess_exec(
-            *("git", "-C", str(repository), "push", self.remote(app, key), *(refs or ("master",))),
+            *("git", "-C", str(repository), "push", self.remote(app, key, url), *(refs or ("master",))),
             env=self.git_environment(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

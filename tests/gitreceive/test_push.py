@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from flynn.gitreceive.lease import LIFETIME, SILENCE
 from flynn.gitreceive.release import Built
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.identity import Identity
@@ -206,6 +208,62 @@ async def test_two_pushes_of_one_app_follow_one_another_and_both_arrive(platform
 
 
 async def test_a_cancelled_push_stops_the_build(platform: Platform, tmp_path: Path) -> None:
+    repository = await with_a_slow_build(platform, tmp_path)
+    async with platform.pushing(repository, "shop") as push:
+        await push.until("       started")
+        # As Ctrl-C; but a shell that runs in the background lets its children ignore that one.
+        os.killpg(push.child.pid, signal.SIGTERM)
+        async with asyncio.timeout(10):
+            while not platform.host.stopped:
+                await asyncio.sleep(0.05)
+    assert platform.host.stopped == list(platform.host.jobs)
+    async with asyncio.timeout(10):
+        while await platform.blobs.find(f"/repos/{platform.controller.apps['shop'].id}.lease"):
+            await asyncio.sleep(0.05)
+    assert platform.controller.deploys == []
+
+
+async def test_the_push_after_one_that_died_with_its_gitreceive_stops_its_build_and_goes_on_soon(
+    platform: Platform, tmp_path: Path
+) -> None:
+    repository = await with_a_slow_build(platform, tmp_path)
+    async with platform.another_gitreceive("host1-killed") as other:
+        async with platform.pushing(repository, "shop", url=other.url) as push:
+            await push.until("       started")
+            other.kill()
+            other.leave()
+    platform.controller.apps["shop"] = replace(platform.controller.apps["shop"], release="")
+    (stray,) = platform.host.jobs
+    began = time.monotonic()
+    await platform.commit(repository, Procfile=PROCFILE)
+    await platform.git(repository, "rm", "--quiet", "requirements.txt", "runtime.txt", "setup.py")
+    await platform.commit(repository)
+    async with platform.pushing(repository, "shop") as push:
+        await push.until("-----> Building shop...")
+        assert time.monotonic() - began < LIFETIME.total_seconds() / 2
+        assert platform.host.stopped == [stray]
+        status, output = await push.end()
+    assert status == 0, output
+    assert platform.host.stopped == [stray]
+
+
+async def test_a_gitreceive_that_has_left_the_directory_finishes_its_push(platform: Platform, tmp_path: Path) -> None:
+    """So it is while it is replaced by another release."""
+    repository = await with_a_slow_build(platform, tmp_path)
+    async with platform.another_gitreceive("host1-leaving") as other:
+        async with platform.pushing(repository, "shop", url=other.url) as push:
+            await push.until("       started")
+            other.leave()
+            async with platform.pushing(repository, "shop") as second:
+                await second.until("Another push of this app is running, waiting for it to finish...")
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout((2 * SILENCE).total_seconds()):
+                        await second.until("-----> Building shop...")
+    assert len(platform.host.jobs) == 1
+
+
+async def with_a_slow_build(platform: Platform, tmp_path: Path) -> Path:
+    """Return a repository of the app `shop` whose build prints "started" and takes ten minutes."""
     platform.add_app("shop")
     repository = await platform.repository("r", **{"requirements.txt": "", "runtime.txt": "", "setup.py": ""})
     slow = tmp_path / "slow"
@@ -220,18 +278,7 @@ async def test_a_cancelled_push_stops_the_build(platform: Platform, tmp_path: Pa
     previous = Release(id="0", app_id=platform.controller.apps["shop"].id, env={"BUILDPACK_URL": f"file://{slow}"})
     platform.controller.releases["0"] = previous
     platform.controller.apps["shop"] = replace(platform.controller.apps["shop"], release="0")
-    async with platform.pushing(repository, "shop") as push:
-        await push.until("       started")
-        # As Ctrl-C; but a shell that runs in the background lets its children ignore that one.
-        os.killpg(push.child.pid, signal.SIGTERM)
-        async with asyncio.timeout(10):
-            while not platform.host.stopped:
-                await asyncio.sleep(0.05)
-    assert platform.host.stopped == list(platform.host.jobs)
-    async with asyncio.timeout(10):
-        while await platform.blobs.find(f"/repos/{platform.controller.apps['shop'].id}.lease"):
-            await asyncio.sleep(0.05)
-    assert platform.controller.deploys == []
+    return repository
 
 
 async def test_a_build_that_lies_about_its_slug_is_refused(platform: Platform) -> None:

@@ -25,6 +25,7 @@ from flynn.gitreceive.release import (
     slug_artifact,
     slug_manifest,
 )
+from flynn.gitreceive.strays import is_stray
 from flynn.slugbuilder import settings
 from flynn.types.app import App
 from flynn.types.artifact import Artifact, ImageManifest
@@ -142,6 +143,30 @@ def test_a_slug_image_runs_in_app_as_the_slugs_user() -> None:
     assert artifact.uri == f"https://blobstore.discoverd:80/slugs/images/{manifest.id()}.json"
     assert artifact.size == len(manifest.canonical())
     assert artifact.meta == {"blobstore": "true", "slugbuilder.process_types": "web,worker"}
+
+
+@pytest.mark.parametrize(
+    ("app", "push", "stray"),
+    [
+        (APP, "old", True),
+        (APP, "new", False),
+        (APP, "", False),  # by hand
+        (App(id="other", name="other"), "old", False),
+    ],
+)
+def test_a_build_of_another_push_of_the_same_app_is_a_stray(app: App, push: str, stray: bool) -> None:
+    job = build_job(
+        app,
+        None,
+        Artifact(id="builder", manifest=ImageManifest().document()),
+        host_id="h",
+        uuid="0",
+        volume="v",
+        environment={},
+        resources={},
+        push=push,
+    )
+    assert is_stray(job, APP.id, "new") is stray
 
 
 def test_a_release_keeps_what_was_set_by_hand_and_drops_vanished_types() -> None:
