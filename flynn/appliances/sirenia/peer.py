@@ -21,7 +21,7 @@ from flynn.appliances.sirenia.database import Database, DatabaseConfig, Database
 from flynn.appliances.sirenia.evaluate import Cluster, Decision, Me, evaluate
 from flynn.appliances.sirenia.neighbours import Hermit, Neighbours
 from flynn.appliances.sirenia.suspicion import Answer, Doubt, doubted, still_awaited
-from flynn.appliances.sirenia.takeover import Refused, Takeover, declare, follows
+from flynn.appliances.sirenia.takeover import Refused, Takeover, declare, follows, may_be_replaced_by
 from flynn.discoverd.registry import Registry
 from flynn.discoverd.view import View
 from flynn.types.codec import Wire, always, builtins
@@ -69,7 +69,7 @@ class Peer:
     refusal: str = ""  # why it is pending
     cluster: Cluster = field(default_factory=Cluster)
     _index: int = 0  # log index of the newest state known
-    _open: int | None = None  # a takeover was written on this index, and nobody knows yet whether it counts
+    _open: int | None = None  # a takeover may have been written on this index, and nobody knows yet whether it counts
     _current: bool = False  # the directory has told all there is
     _seen: set[str] = field(default_factory=set)  # who was ever registered since this peer started
     _doubt: Doubt | None = None
@@ -109,7 +109,10 @@ class Peer:
         self.cluster = replace(self.cluster, peers=peers, leader=view.leader)
         if view.meta is not None and view.meta.index > self._index:
             try:
-                self._adopt(parse_state(view.meta.data), view.meta.index)
+                state, first = parse_state(view.meta.data), self._index == 0
+                self._adopt(state, view.meta.index)
+                if first and may_be_replaced_by(self.me.is_me, state):
+                    self._open = self._index
             except BadClusterState as error:
                 log.error("bad cluster state ignored", extra={"service": self.service, "error": error})
         self._changed.set()
@@ -257,24 +260,31 @@ class Peer:
             delays = None if settled else delays or self.retry.delays()
 
     async def _step(self) -> bool:
-        """One decision with all it asks for; False if it has to be tried again."""
+        """One decision with all it asks for; False if it has to be tried again.
+
+        What arrives meanwhile belongs to the next one: nothing is written over a state that was not decided upon.
+        """
+        state, index = self.cluster.state, self._index
         decision = evaluate(self.me, self.cluster, self.database.zero_position, self.clock.now())
         self._take_role(decision)
         settled = True
         if decision.takeover is not None:
-            if await self._take_over(decision.takeover):
+            if await self._take_over(decision.takeover, index):
                 self._changed.set()  # a new generation: decide again, by the same rules as everybody else
                 return True
             settled = False
         elif decision.write is not None:
-            new = decision.write != self.cluster.state
-            settled = await self._write(decision.write)
+            new = decision.write != state
+            settled = await self._write(decision.write, index)
             if settled and new:
                 self._changed.set()
                 return True
         if not await self._certain():
             return False
-        if self.cluster.state is None:
+        if self.cluster.state != state:
+            self._changed.set()  # the role may be another one by now
+            return True
+        if state is None:
             return settled and decision.role in (Role.UNKNOWN, Role.UNASSIGNED)
         return await self._move(decision) and settled
 
@@ -308,14 +318,17 @@ class Peer:
         self.retry_pending, self.refusal = None, ""
         return True
 
-    async def _take_over(self, takeover: Takeover) -> bool:
-        """Declare a new generation. False: refused, failed or lost; the database may then be held still."""
+    async def _take_over(self, takeover: Takeover, index: int) -> bool:
+        """Declare a new generation in place of the state at `index`, which is the present one.
+
+        False: refused, failed or lost; the database may then be held still.
+        """
         state = self.cluster.state
         assert state is not None  # takeovers replace one
         info = await self.database.info()
         if not info.running:
             return self._refused(takeover, "the database does not run")
-        if not self.me.is_me(state.primary) and not follows(info.lineage, state, self.me.identity(state.primary)):
+        if not self._entitled(info, state):
             return self._refused(takeover, f"the data do not belong to generation {state.generation}")
         candidate = takeover.state.sync
         assert candidate is not None  # that is what a takeover needs
@@ -328,16 +341,22 @@ class Peer:
             held = await self.database.hold()
         except DatabaseError as error:
             return self._refused(takeover, str(error))
+        # To be held, a database that lost its way is waited for; it may have come back with other data.
+        if not self._entitled(await self.database.info(), state):
+            return self._refused(takeover, f"the data do not belong to generation {state.generation} any more")
         new = declare(takeover, held.received, held.usable, self.database.compare)
         if isinstance(new, Refused):
             return self._refused(takeover, new.reason)
         log.info("taking over", extra={"reason": takeover.reason, "generation": new.generation, "at": new.init_wal})
-        index = self._index
-        if await self._write(new):
+        if await self._write(new, index):
             self._open = None
             return True
         self._open = index
         return False
+
+    def _entitled(self, info: DatabaseInfo, state: ClusterState) -> bool:
+        """Whether the position of these data can be compared with that of the state."""
+        return self.me.is_me(state.primary) or follows(info.lineage, state, self.me.identity(state.primary))
 
     def _refused(self, takeover: Takeover, reason: str) -> bool:
         if reason != self._no_takeover:
@@ -349,23 +368,27 @@ class Peer:
     async def _certain(self) -> bool:
         """Whether an attempted takeover has come to its end, so that the database may acknowledge again.
 
-        A write whose answer was lost may count all the same, or count later. It cannot any more once the state has got
-        a newer index: somebody else's, or that of the same state written once more.
+        A write whose answer was lost may count all the same, or count later: also one that this peer was about when it
+        was killed. It cannot any more once the state has got a newer index: somebody else's, or that of the same state
+        written once more.
         """
         if self._open is None or self._index > self._open:
             self._open = None
             return True
         state = self.cluster.state
         assert state is not None  # a takeover replaces one
-        if await self._write(state):
+        if await self._write(state, self._open):
             self._open = None
             return True
         return False
 
-    async def _write(self, state: ClusterState) -> bool:
-        """Write the state by compare-and-set, with its primary as the service's leader."""
+    async def _write(self, state: ClusterState, index: int) -> bool:
+        """Write the state in place of the one at `index` (0 = there is none), with its primary as the service's leader.
+
+        The index is that of the state it was decided upon. A newer one that arrived since is not ours to replace.
+        """
         assert state.primary is not None
-        meta = ServiceMeta(data=builtins(state), index=self._index, leader_id=state.primary.id)
+        meta = ServiceMeta(data=builtins(state), index=index, leader_id=state.primary.id)
         try:
             written = await self.registry.put_meta(self.service, meta)
         except (ObjectExists, PreconditionFailed):
@@ -391,7 +414,7 @@ class Peer:
     async def _edit(self, edit: Callable[[ClusterState], ClusterState]) -> None:
         async with self._busy:
             state = self.cluster.state
-            if state is None or not await self._write(edit(state)):
+            if state is None or not await self._write(edit(state), self._index):
                 raise Conflict("the cluster state changed meanwhile, or there is none yet; try again")
         self._changed.set()
 

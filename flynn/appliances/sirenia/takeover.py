@@ -7,7 +7,9 @@ at least so far. That no acknowledged write is lost follows from three things:
 
 1. In a generation, a write is acknowledged only when primary *and* sync have it on disk.
 2. A sync takes over only with all that was acknowledged before its generation (position) in the same history (lineage).
-3. A primary that replaces its sync, and a sync that replaces its primary, have stopped to acknowledge before.
+3. A primary that replaces its sync, and a sync that replaces its primary, have stopped to acknowledge before, and do
+   not begin again until the state is a newer one than that which they wanted to replace. Also when they were killed
+   meanwhile: what they wrote may be on its way still (`may_be_replaced_by`).
 
 So a takeover is safe even when the one who seemed gone is not: detection decides about speed only.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 from flynn.appliances.sirenia.cluster_state import ClusterState, Lineage
 from flynn.types.codec import replace
+from flynn.types.instance import Instance
 
 Compare = Callable[[str, str], int]
 
@@ -33,6 +36,11 @@ class Takeover:
 @dataclass(frozen=True, slots=True)
 class Refused:
     reason: str
+
+
+def may_be_replaced_by(is_me: Callable[[Instance | None], bool], state: ClusterState) -> bool:
+    """Whether a peer, in a life that it does not remember, may have written a takeover in place of this very state."""
+    return state.freeze is None and (is_me(state.primary) or is_me(state.sync))
 
 
 def declare(takeover: Takeover, received: str, usable: str, compare: Compare) -> ClusterState | Refused:

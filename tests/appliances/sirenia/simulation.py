@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from flynn.aio.backoff import Backoff
+from flynn.aio.broadcast import Broadcast
 from flynn.appliances.sirenia.cluster_state import ClusterState, Lineage, Role, parse_state
 from flynn.appliances.sirenia.database import DatabaseConfig, DatabaseError, DatabaseInfo, Held
 from flynn.appliances.sirenia.evaluate import Me
@@ -40,12 +41,10 @@ class JumpingSelector(selectors.SelectSelector):
     now = 0.0
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        if not ready and timeout is None:
+        if timeout is None:
             raise RuntimeError("everybody waits for somebody else")
-        if not ready and timeout is not None:
-            self.now += timeout
-        return ready
+        self.now += max(timeout, 0.0)
+        return []  # nobody comes in from outside
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -77,6 +76,20 @@ class SafetyViolated(AssertionError):
     pass
 
 
+class Unordered(Broadcast[DiscoverdEvent]):
+    """Who watches is served in an order that is another one each time."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+
+    def send(self, item: DiscoverdEvent) -> None:
+        order = list(self._subscriptions)
+        self._rng.shuffle(order)
+        self._subscriptions = dict.fromkeys(order)
+        super().send(item)
+
+
 Entry = tuple[int, str, int]
 """Timeline, who wrote it, and a number: two entries are the same write or they differ."""
 
@@ -104,6 +117,9 @@ class World:
     acknowledged: set[Entry] = field(default_factory=set)
     ackers: dict[int, str] = field(default_factory=dict)  # generation -> the one who acknowledged in it
     story: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.directory._changes.default_factory = lambda: Unordered(self.rng)
 
     def linked(self, a: str, b: str) -> bool:
         return a == b or frozenset({a, b}) not in self.cut
@@ -185,6 +201,8 @@ class SimulatedDatabase:
     confirmed: dict[str, int] = field(default_factory=dict)
     target: int = 0
     lost_since: float | None = None
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)  # one operation at a time, as a server's owner does them
+    waiting: list[tuple[int, Entry, float]] = field(default_factory=list)  # clients: position, what, until when
 
     def compare(self, a: str, b: str) -> int:
         return (a > b) - (a < b)
@@ -198,6 +216,21 @@ class SimulatedDatabase:
         return self.running and self.role is Role.PRIMARY and not self.disk.standby
 
     async def apply(self, config: DatabaseConfig) -> None:
+        async with self.busy:
+            await self._bring_to(config)
+
+    async def back_again(self) -> None:
+        """The server ended by itself and is started again, unless it is held: that ends by `apply` only."""
+        async with self.busy:
+            config = self.config
+            if self.running or self.held or config is None:
+                return
+            try:
+                await self._bring_to(config)
+            except DatabaseError:
+                self.config = None
+
+    async def _bring_to(self, config: DatabaseConfig) -> None:
         same = config == self.config and self.running and not self.held
         self.config = config
         if config.role is Role.NONE:
@@ -237,6 +270,7 @@ class SimulatedDatabase:
 
     def _halt(self) -> None:
         self.running, self.writable, self.flowing, self.synced, self.role = False, False, False, None, Role.NONE
+        self.waiting.clear()
 
     def _append(self, number: int) -> Entry:
         entry = (self.disk.timeline, self.name, number)
@@ -274,13 +308,14 @@ class SimulatedDatabase:
         self.disk.exists = self.disk.standby = True
 
     async def hold(self) -> Held:
-        if not self.running:
-            raise DatabaseError("does not run")
-        self.held, self.writable, self.flowing, self.synced = True, False, False, None
-        await self.world.delay(0.1)
-        if not self.running:
-            raise DatabaseError("crashed meanwhile")
-        return Held(received=self.position, usable=self.position)
+        async with self.busy:
+            if not self.running:
+                raise DatabaseError("does not run")
+            self.held, self.writable, self.flowing, self.synced = True, False, False, None
+            await self.world.delay(self.world.rng.choice((0.1, 0.1, 0.1, 5)))
+            if not self.running:
+                raise DatabaseError("crashed meanwhile")
+            return Held(received=self.position, usable=self.position)
 
     async def enable_writes(self, generation: int) -> None:
         config = self.config
@@ -346,15 +381,16 @@ class SimulatedDatabase:
             if mine != theirs[: len(mine)]:
                 self.flowing = False
                 self.lost_since = self.lost_since or loop.time()
-                if loop.time() - self.lost_since > 10:
+                if loop.time() - self.lost_since > 10 and not self.busy.locked():
                     self.lost_since, config = None, self.config
-                    self._halt()
-                    try:
-                        await self._rewind(config)
-                    except DatabaseError:
-                        self.config = None
-                    else:
-                        self.running, self.role = True, config.role
+                    async with self.busy:
+                        self._halt()
+                        try:
+                            await self._rewind(config)
+                        except DatabaseError:
+                            self.config = None
+                        else:
+                            self.running, self.role = True, config.role
                 continue
             self.lost_since = None
             some = theirs[len(mine) : len(mine) + self.world.rng.randint(1, 3 if lag > 0.1 else 20)]
@@ -369,29 +405,26 @@ class SimulatedDatabase:
         """A confirmation under way arrives even when its sender is held or dead by now."""
         if self.running and self.world.linked(name, self.name) and self.disk.log[position - 1 : position] == last:
             self.confirmed[name] = max(self.confirmed.get(name, 0), position)
+            self._answer()
 
-    async def write(self, number: int) -> None:
+    def write(self, number: int) -> None:
         """A client's write; it gives up after two seconds."""
+        if self.primary and self.writable:
+            entry = self._append(number)
+            self.waiting.append((len(self.disk.log), entry, asyncio.get_running_loop().time() + 2))
+
+    def _answer(self) -> None:
+        """Tell the clients whose writes the downstream has confirmed."""
         config = self.config
-        if not self.primary or not self.writable or config is None or config.state is None:
+        if not self.primary or self.held or config is None or config.downstream is None or config.state is None:
             return
-        entry = self._append(number)
-        position = len(self.disk.log)
-        for _ in range(200):
-            await asyncio.sleep(0.01)
-            current = self.config
-            if (
-                not self.primary
-                or current is None
-                or current.state is None
-                or self.disk.log[position - 1 :][:1] != [entry]
-            ):
-                return
-            if self.held or current.downstream is None:
-                continue
-            if self.confirmed.get(current.downstream.meta[ID], 0) >= position:
-                self.world.acknowledge(self.name, current.state.generation, entry)
-                return
+        reached, now = self.confirmed.get(config.downstream.meta[ID], 0), asyncio.get_running_loop().time()
+        waiting, self.waiting = self.waiting, []
+        for position, entry, until in waiting:
+            if position > reached and now < until:
+                self.waiting.append((position, entry, until))
+            elif position <= reached and now < until and self.disk.log[position - 1 :][:1] == [entry]:
+                self.world.acknowledge(self.name, config.state.generation, entry)
 
 
 @dataclass
@@ -492,12 +525,7 @@ async def fault(world: World) -> None:
         database._halt()
         await asyncio.sleep(min(lasting, 5))
         if node.database is database:
-            config, database.config = database.config, None
-            if config is not None and not database.held:
-                try:
-                    await database.apply(config)
-                except DatabaseError:
-                    pass
+            node.tasks.append(node.group.create_task(database.back_again()))
     elif kind in ("directory", "pair"):
         other = "directory" if kind == "directory" else rng.choice([n for n in world.nodes if n != node.name])
         pair = frozenset({node.name, other})
@@ -520,13 +548,12 @@ async def fault(world: World) -> None:
 
 async def clients(world: World) -> None:
     number = 0
-    async with asyncio.TaskGroup() as group:
-        while True:
-            await asyncio.sleep(world.rng.uniform(0.005, 0.05))
-            for node in world.nodes.values():
-                if node.database is not None and node.database.writable:
-                    number += 1
-                    group.create_task(node.database.write(number))
+    while True:
+        await asyncio.sleep(world.rng.uniform(0.005, 0.05))
+        for node in world.nodes.values():
+            if node.database is not None and node.database.writable:
+                number += 1
+                node.database.write(number)
 
 
 async def simulate(seed: int, peers: int = 3, faults: int = 12, paranoia: float = 0.0) -> World:

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import pytest
+
 from flynn.aio.backoff import Backoff
 from flynn.aio.supervisor import supervisor
 from flynn.appliances.sirenia.cluster_state import ClusterState, Freeze, Lineage, Role, parse_state
@@ -18,6 +20,7 @@ from flynn.appliances.sirenia.peer import Peer
 from flynn.appliances.sirenia.suspicion import Answer
 from flynn.discoverd.memory import MemoryRegistry
 from flynn.types.codec import builtins, replace
+from flynn.types.errors import PreconditionFailed, Unreachable
 from flynn.types.instance import Instance, LeaderType, ServiceMeta
 from tests.appliances.sirenia.simulation import ID, LoopClock, run_virtually
 from tests.appliances.sirenia.test_scenarios import NOW, compare, node
@@ -33,7 +36,10 @@ class RecordingDatabase:
     zero_position: str = "0/0"
     roles: list[Role] = field(default_factory=list)
     holds: int = 0
+    applying: bool = False  # it was told to be something, for the first time
     start_seconds: float = 0.5
+    hold_seconds: float = 0.0
+    lineage: Lineage | None = field(default_factory=lambda: Lineage(generation=5, primary="n1", upstream="n1"))
 
     compare = staticmethod(compare)
 
@@ -42,13 +48,15 @@ class RecordingDatabase:
         return self.roles[-1:] not in ([], [Role.NONE])
 
     async def apply(self, config: DatabaseConfig) -> None:
-        await asyncio.sleep(self.start_seconds)
+        self.applying = True
         if self.roles[-1:] != [config.role]:
+            await asyncio.sleep(self.start_seconds)
             self.roles.append(config.role)
 
     async def hold(self) -> Held:
         assert self.running, "a server that is off cannot be held"
         self.holds += 1
+        await asyncio.sleep(self.hold_seconds)
         return Held(received="0/A", usable="0/A")
 
     async def enable_writes(self, generation: int) -> None: ...
@@ -56,9 +64,7 @@ class RecordingDatabase:
     async def record_lineage(self, lineage: Lineage) -> None: ...
 
     async def info(self) -> DatabaseInfo:
-        return DatabaseInfo(
-            running=self.running, xlog="0/A", lineage=Lineage(generation=5, primary="n1", upstream="n1")
-        )  # fmt: skip
+        return DatabaseInfo(running=self.running, xlog="0/A", lineage=self.lineage)
 
     def interrupt(self) -> None: ...
 
@@ -85,8 +91,11 @@ class Contested(MemoryRegistry):
     """Somebody else's state arrives just before ours, once."""
 
     rival: Callable[[ClusterState], ClusterState] | None = None
+    reachable: bool = True
 
     async def put_meta(self, service: str, meta: ServiceMeta) -> ServiceMeta:
+        if not self.reachable:
+            raise Unreachable("cut off")
         if self.rival is not None:
             rival, self.rival = self.rival, None
             await self.write(rival)
@@ -217,3 +226,81 @@ def test_a_primary_that_starts_slowly_does_not_blame_its_sync_for_having_nothing
 
     assert run_virtually(story(21)) == 5, "a second after it could be copied the sync runs"
     assert run_virtually(story(29)) > 5, "but once there is something to copy, it is expected to"
+
+
+def test_what_was_declared_while_the_database_was_being_held_is_not_replaced() -> None:
+    """The other half of the pair was as quick, and its new pair may have acknowledged something by then."""
+
+    async def story() -> None:
+        async with playing("n2", "n1", "n3") as (peer, database, registry):
+            await asyncio.sleep(2)
+            database.hold_seconds = 3
+            await registry.deregister("db", node("n1").id)
+            await asyncio.sleep(1)
+            assert database.holds == 1
+            await registry.write(lambda state: replace(state, generation=6, sync=node("n3"), asyncs=[]))
+            await asyncio.sleep(10)
+            assert named(await registry.stored()) == (6, ["n1", "n3"])
+            assert peer.role is Role.UNASSIGNED
+            assert database.roles == [Role.SYNC, Role.NONE], "nor was the database moved by the old decision"
+
+    run_virtually(story())
+
+
+def test_data_that_lost_their_way_while_they_were_to_be_held_do_not_take_over() -> None:
+    async def story() -> None:
+        async with playing("n2", "n1", "n3") as (peer, database, registry):
+            await asyncio.sleep(2)
+            database.hold_seconds = 3
+            await registry.deregister("db", node("n1").id)
+            await asyncio.sleep(1)
+            database.lineage = None
+            await asyncio.sleep(10)
+            assert named(await registry.stored()) == (5, ["n1", "n2", "n3"])
+            assert "do not belong" in peer.reason
+
+    run_virtually(story())
+
+
+@pytest.mark.parametrize("own", ["n1", "n2"])
+def test_a_takeover_that_was_under_way_when_its_peer_was_killed_comes_too_late(own: str) -> None:
+    """From the moment at which the database may acknowledge again, it must not count any more."""
+
+    async def story() -> None:
+        async with playing(own, *{"n1", "n2", "n3"} - {own}) as (_, database, registry):
+            known = await registry.get_meta("db")
+            assert known is not None
+            late = builtins(replace(STATE, generation=6, primary=node(own), sync=node("n3"), asyncs=[]))
+            while not database.applying:
+                await asyncio.sleep(0.01)
+            with pytest.raises(PreconditionFailed):
+                await registry.put_meta("db", ServiceMeta(data=late, index=known.index, leader_id=node(own).id))
+            await asyncio.sleep(10)
+            assert named(await registry.stored()) == (5, ["n1", "n2", "n3"])
+            assert database.roles == [Role.PRIMARY if own == "n1" else Role.SYNC]
+
+    run_virtually(story())
+
+
+def test_a_database_stays_off_until_a_takeover_of_its_former_life_cannot_count_any_more() -> None:
+    async def story() -> None:
+        async with playing("n2", "n1", "n3") as (_, database, registry):
+            registry.reachable = False
+            await asyncio.sleep(10)
+            assert not database.applying
+            registry.reachable = True
+            await asyncio.sleep(5)
+            assert database.roles == [Role.SYNC]
+
+    run_virtually(story())
+
+
+def test_in_a_frozen_cluster_nobody_can_have_tried_to_take_over() -> None:
+    async def story() -> None:
+        frozen = replace(STATE, freeze=Freeze(frozen_at=NOW, reason="moving"))
+        async with playing("n2", "n1", "n3", state=frozen) as (_, database, registry):
+            registry.reachable = False
+            await asyncio.sleep(5)
+            assert database.roles == [Role.SYNC]
+
+    run_virtually(story())

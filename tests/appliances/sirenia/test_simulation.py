@@ -1,6 +1,8 @@
 """Histories full of faults: nobody acknowledges twice, nothing acknowledged is lost, and in the end all is whole.
 
 That it can fail was tried: without `hold`, or without the comparison of positions, one seed in a dozen loses writes.
+When takeovers replaced whatever state was there instead of the one they were decided upon, two of 200 did (with
+neighbours taken for dead, ten). Such races are told one by one in test_races.
 """
 
 import os
@@ -10,7 +12,7 @@ import pytest
 from flynn.appliances.sirenia import suspicion
 from tests.appliances.sirenia.simulation import SafetyViolated, World, run_virtually, simulate
 
-SEEDS = int(os.environ.get("SIRENIA_SEEDS", "6"))
+SEEDS = int(os.environ.get("SIRENIA_SEEDS", "25"))
 
 
 def run(seed: int, peers: int, paranoia: float = 0.0) -> World:
