@@ -60,6 +60,7 @@ def maker(operator: Operator, tmp_path: Path) -> Iterator[Maker]:
         (made.images / file.name).write_bytes(encode(changed))
     made.program(VERSION)
     shutil.copy(made.root, operator.node.config / "tuf-root.json")
+    shutil.rmtree(operator.node.state / "tuf", ignore_errors=True)  # what the host knows of an earlier run's keys
     yield made
     shutil.rmtree(Path(sys.prefix) / "versions", ignore_errors=True)
 
