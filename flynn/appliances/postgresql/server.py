@@ -244,7 +244,21 @@ class PostgreSQL:
                 except DatabaseError as error:
                     log.error("cannot follow the upstream", extra={"error": error})
                     self._applied = None
-                    flowing = loop.time()
+            if self._applied is None:
+                await self._go_on()
+                flowing = loop.time()
+
+    async def _go_on(self) -> None:
+        """Start the server that was stopped to find its way, and found none; nothing else may happen for long."""
+        for delay in RESTART.delays():
+            try:
+                async with asyncio.timeout(delay):
+                    await self._moved.wait()
+            except TimeoutError:
+                pass
+            self._moved.clear()
+            if await self._back_again():
+                return
 
     # --- becoming what is wanted; the lock is held
 

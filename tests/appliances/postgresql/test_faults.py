@@ -103,6 +103,35 @@ def _fill(path: Path) -> None:
             file.write(bytes(1 << 16))
 
 
+async def test_an_async_that_found_nobody_to_rejoin_tries_again_although_nothing_else_happens() -> None:
+    async with cluster() as one:
+        await until(one.whole)
+        node, above, primary = await third(one), await one.sync(), await one.primary()
+        async with one.client(primary) as client:
+            await client.freeze("so that nobody is told anything")
+        rules = above.directory / "data" / "db" / "pg_hba.conf"
+        admitted = rules.read_text()
+        rules.write_text("hostssl replication all all reject\n" + admitted)
+        os.kill(above.server_pid, signal.SIGHUP)
+        hung = _tree(primary.server_pid)
+        for pid in hung:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            await node.kill()
+            await node.start()
+            await until(lambda: _says(one, node, "cannot follow the upstream"), 90)
+        finally:
+            rules.write_text(admitted)
+            os.kill(above.server_pid, signal.SIGHUP)
+            for pid in hung:
+                os.kill(pid, signal.SIGCONT)
+        await until(one.whole, 60)
+
+
+async def _says(one: Cluster, node: Node, words: str) -> bool:
+    return words in one.log(node)
+
+
 @pytest.mark.parametrize("what", ["nothing there", "control file cut", "catalog gone"])
 async def test_an_async_with_broken_data_gets_a_new_copy(what: str) -> None:
     async with cluster() as one:

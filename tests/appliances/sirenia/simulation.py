@@ -156,12 +156,25 @@ class DirectoryLink:
         fate = world.rng.random()
         if fate < world.flaky / 2:  # applied late, after the caller has given up
             asyncio.get_running_loop().call_later(world.rng.uniform(0, 3), self._put_late, service, meta)
+            if world.rng.random() < 0.3:  # and is killed, to come back in a moment
+                asyncio.get_running_loop().call_soon(self._kill)
             raise Unreachable("no answer in time")
         written = await world.directory.put_meta(service, meta)
         if fate < world.flaky:
             raise Unreachable("the answer was lost")
         await world.delay()
         return written
+
+    def _kill(self) -> None:
+        node = self.world.nodes[self.name]
+        if node.peer is not None:
+            node.crash()
+            asyncio.get_running_loop().call_later(self.world.rng.uniform(0, 1), self._start)
+
+    def _start(self) -> None:
+        node = self.world.nodes[self.name]
+        if node.peer is None:
+            node.start()
 
     def _put_late(self, service: str, meta: ServiceMeta) -> None:
         put = world_put(self.world.directory, service, meta)
@@ -388,9 +401,8 @@ class SimulatedDatabase:
                         try:
                             await self._rewind(config)
                         except DatabaseError:
-                            self.config = None
-                        else:
-                            self.running, self.role = True, config.role
+                            pass  # it goes on with what it has, and tries again
+                        self.running, self.role = True, config.role
                 continue
             self.lost_since = None
             some = theirs[len(mine) : len(mine) + self.world.rng.randint(1, 3 if lag > 0.1 else 20)]
