@@ -127,6 +127,15 @@ def fault(name: str, what: str) -> Callable[[Procedure], Procedure]:
     return enter
 
 
+@contextmanager
+def no_job_ends(jobs: Callable[[], list[Running]]) -> Iterator[None]:
+    """What happens to flynn-host in the block is nothing that its jobs notice. Raises NotMet."""
+    before = {job.id for job in jobs()}
+    yield
+    if gone := before - {job.id for job in jobs()}:
+        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+
+
 # A daemon is killed.
 
 
@@ -206,59 +215,47 @@ def _(scene: Scene) -> None:
 @fault("kill-host", "flynn-host is killed on a node")
 def _(scene: Scene) -> None:
     member = scene.cluster.members[0]
-    before = {job.id for job in scene.cluster.jobs(member)}
-    pid = scene.host_pid(member)
-    scene.strike(member)
-    scene.inside(member, f"kill -KILL {pid}")
-    until("flynn-host comes back", lambda: "" if scene.host_pid(member) != pid else "the same process", 30)
-    gone = before - {job.id for job in scene.cluster.jobs(member)}
-    if gone:
-        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+    with no_job_ends(lambda: scene.cluster.jobs(member)):
+        pid = scene.host_pid(member)
+        scene.strike(member)
+        scene.inside(member, f"kill -KILL {pid}")
+        until("flynn-host comes back", lambda: "" if scene.host_pid(member) != pid else "the same process", 30)
 
 
 @fault("kill-every-host", "flynn-host is killed on all nodes at once")
 def _(scene: Scene) -> None:
     members = scene.cluster.members
-    before = {job.id for job in scene.cluster.all_jobs()}
-    pids = {member: scene.host_pid(member) for member in members}
-    scene.strike(*members)
-    for member in members:
-        scene.inside(member, f"kill -KILL {pids[member]}")
-    for member in members:
-        until("flynn-host comes back", lambda m=member: "" if scene.host_pid(m) != pids[m] else "the same", 30)  # type: ignore[misc]
-    gone = before - {job.id for job in scene.cluster.all_jobs()}
-    if gone:
-        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+    with no_job_ends(scene.cluster.all_jobs):
+        pids = {member: scene.host_pid(member) for member in members}
+        scene.strike(*members)
+        for member in members:
+            scene.inside(member, f"kill -KILL {pids[member]}")
+        for member in members:
+            until("flynn-host comes back", lambda m=member: "" if scene.host_pid(m) != pids[m] else "the same", 30)  # type: ignore[misc]
 
 
 @fault("restart-hosts", "flynn-host is restarted in place, node by node")
 def _(scene: Scene) -> None:
-    before = {job.id for job in scene.cluster.all_jobs()}
-    scene.strike(*scene.cluster.members)
-    for member in scene.cluster.members:
-        pid = scene.host_pid(member)
-        scene.inside(member, f"kill -TERM {pid}")
-        until("flynn-host comes back", lambda m=member, p=pid: "" if scene.host_pid(m) != p else "the same", 40)  # type: ignore[misc]
-    gone = before - {job.id for job in scene.cluster.all_jobs()}
-    if gone:
-        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+    with no_job_ends(scene.cluster.all_jobs):
+        scene.strike(*scene.cluster.members)
+        for member in scene.cluster.members:
+            pid = scene.host_pid(member)
+            scene.inside(member, f"kill -TERM {pid}")
+            until("flynn-host comes back", lambda m=member, p=pid: "" if scene.host_pid(m) != p else "the same", 40)  # type: ignore[misc]
 
 
 @fault("update-hosts", "flynn-host is updated in place, node by node")
 def _(scene: Scene) -> None:
-    before = {job.id for job in scene.cluster.all_jobs()}
-    scene.strike(*scene.cluster.members)
-    for member in scene.cluster.members:
-        pid, last = scene.host_pid(member), _last_update(member)
-        said = ask(member, HOST_API, "/host/update", method="POST", body="{}", seconds=60)
-        if said.status != 200:
-            raise NotMet(f"{member.id} refuses the update: {said.status} {said.body[:300]}")
-        until("the update is over", lambda m=member, u=last: "" if _last_update(m) != u else "not yet", 60)  # type: ignore[misc]
-        if (update := _last_update(member)).get("error") or scene.host_pid(member) != pid:
-            raise NotMet(f"the update of {member.id}: {update.get('error') or 'another process'}")
-    gone = before - {job.id for job in scene.cluster.all_jobs()}
-    if gone:
-        raise NotMet(f"jobs ended with their daemon: {', '.join(sorted(gone))}")
+    with no_job_ends(scene.cluster.all_jobs):
+        scene.strike(*scene.cluster.members)
+        for member in scene.cluster.members:
+            pid, last = scene.host_pid(member), _last_update(member)
+            said = ask(member, HOST_API, "/host/update", method="POST", body="{}", seconds=60)
+            if said.status != 200:
+                raise NotMet(f"{member.id} refuses the update: {said.status} {said.body[:300]}")
+            until("the update is over", lambda m=member, u=last: "" if _last_update(m) != u else "not yet", 60)  # type: ignore[misc]
+            if (update := _last_update(member)).get("error") or scene.host_pid(member) != pid:
+                raise NotMet(f"the update of {member.id}: {update.get('error') or 'another process'}")
 
 
 def _last_update(member: Node) -> dict[str, str]:

@@ -212,9 +212,8 @@ def sweep() -> None:
         remove_cgroups(namespace.name)
 
 
-def busybox_image(work: Path, files: Mapping[str, bytes] | None = None) -> Mountspec:
-    """A layer with busybox, a link per applet and some more files; `work/root` has the same as a directory."""
-    root = work / "root"
+def busybox_root(root: Path) -> None:
+    """Make the files of a small system: busybox with a link per applet, root and web as users."""
     for directory in ("bin", "etc", "tmp", "proc", "sys", "dev"):
         (root / directory).mkdir(parents=True)
     shutil.copy("/usr/bin/busybox", root / "bin/busybox")
@@ -222,6 +221,12 @@ def busybox_image(work: Path, files: Mapping[str, bytes] | None = None) -> Mount
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")
+
+
+def busybox_image(work: Path, files: Mapping[str, bytes] | None = None) -> Mountspec:
+    """A layer with busybox, a link per applet and some more files; `work/root` has the same as a directory."""
+    root = work / "root"
+    busybox_root(root)
     for name, content in (files or {}).items():
         (root / name).write_bytes(content)
     file = work / "busybox.squashfs"

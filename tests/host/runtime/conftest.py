@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from flynn.host.network import bridge
 from flynn.host.runtime import kernel
 from flynn.host.runtime.runtime import Container, Exit, Runtime
 from flynn.host.runtime.spec import DEFAULT_PATH, ContainerSpec, Network, RootFS
+from tests.host.machine import busybox_root
 
 BRIDGE = "rtbr0"
 ADDRESS = "100.101.7.1"
@@ -27,13 +27,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A squashfs image with /bin/busybox and a link per applet."""
     work = tmp_path_factory.mktemp("layer")
     root = work / "root"
-    for directory in ("bin", "etc", "tmp", "proc", "sys", "dev"):
-        (root / directory).mkdir(parents=True)
-    shutil.copy("/usr/bin/busybox", root / "bin/busybox")
-    for applet in subprocess.check_output(["/usr/bin/busybox", "--list"], text=True).split():
-        if applet != "busybox":
-            (root / "bin" / applet).symlink_to("busybox")
-    (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n")
+    busybox_root(root)
     (root / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
     (root / "notexec").write_text("x")
     image = work / "busybox.squashfs"
