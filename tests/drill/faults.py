@@ -20,7 +20,7 @@ from tests.cluster.lab import network, node
 from tests.cluster.lab.layout import Node
 from tests.cluster.lab.reach import HOST_API, NoAnswer, ask
 from tests.cluster.lab.trio import APP
-from tests.drill.whole import JOBS, Cluster, NotMet, Running, until
+from tests.drill.whole import JOBS, STALE_SECONDS, Cluster, NotMet, Running, until
 
 CARRIED_SECONDS = 60  # within which the others have taken over everything from a node that is gone
 OFF_SECONDS = 20  # longer than the directory keeps what does not report (10 s)
@@ -46,18 +46,9 @@ class Scene:
         self.struck_at = time.monotonic()
         self.victims.update(victims)
 
-    def inside(self, member: Node, script: str) -> str:
-        """What a shell script prints on a node. Raises NoAnswer if it fails."""
-        env = node.command_environment(member)
-        command = node.inside(member, ["sh", "-c", script])
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode != 0:
-            raise NoAnswer(f"{member.id}: {script}: {done.stderr.strip()}")
-        return done.stdout
-
     def signal(self, job: Running, name: str) -> None:
         """Signal the daemon of a job itself, below the first process of its container."""
-        self.inside(job.member, f"kill -{name} $(cat /proc/{job.pid}/task/{job.pid}/children)")
+        self.cluster.inside(job.member, f"kill -{name} $(cat /proc/{job.pid}/task/{job.pid}/children)")
 
     def kill(self, *jobs: Running) -> None:
         self.say(", ".join(f"{job.app} {job.type} on {job.member.id}" for job in jobs))
@@ -191,14 +182,14 @@ def _(scene: Scene) -> None:
     child = f"$(cat /proc/{primary.pid}/task/{primary.pid}/children)"
     scene.say(f"on {primary.member.id}")
     scene.strike(primary.member)
-    scene.inside(primary.member, f"d={child}; kill -KILL $(pgrep -x -P $d postgres)")
+    scene.cluster.inside(primary.member, f"d={child}; kill -KILL $(pgrep -x -P $d postgres)")
 
 
 @fault("kill-haproxy", "HAProxy is killed on a node, the router's daemon lives")
 def _(scene: Scene) -> None:
     member = scene.cluster.members[1]
     scene.strike(member)
-    scene.inside(
+    scene.cluster.inside(
         member, "kill -KILL $(pgrep -x haproxy) || true"
     )  # the worker goes with its master, maybe before its turn
 
@@ -207,7 +198,7 @@ def _(scene: Scene) -> None:
 def _(scene: Scene) -> None:
     member = scene.cluster.members[2]
     scene.strike(member)
-    scene.inside(member, "kill -KILL $(pgrep -x flynn-zygote)")
+    scene.cluster.inside(member, "kill -KILL $(pgrep -x flynn-zygote)")
     of_app = [job for job in scene.cluster.jobs(member) if job.app == APP]
     scene.kill(*of_app[:1])  # so that a new one is needed at once
 
@@ -218,7 +209,7 @@ def _(scene: Scene) -> None:
     with no_job_ends(lambda: scene.cluster.jobs(member)):
         pid = scene.host_pid(member)
         scene.strike(member)
-        scene.inside(member, f"kill -KILL {pid}")
+        scene.cluster.inside(member, f"kill -KILL {pid}")
         until("flynn-host comes back", lambda: "" if scene.host_pid(member) != pid else "the same process", 30)
 
 
@@ -229,7 +220,7 @@ def _(scene: Scene) -> None:
         pids = {member: scene.host_pid(member) for member in members}
         scene.strike(*members)
         for member in members:
-            scene.inside(member, f"kill -KILL {pids[member]}")
+            scene.cluster.inside(member, f"kill -KILL {pids[member]}")
         for member in members:
             until("flynn-host comes back", lambda m=member: "" if scene.host_pid(m) != pids[m] else "the same", 30)  # type: ignore[misc]
 
@@ -240,7 +231,7 @@ def _(scene: Scene) -> None:
         scene.strike(*scene.cluster.members)
         for member in scene.cluster.members:
             pid = scene.host_pid(member)
-            scene.inside(member, f"kill -TERM {pid}")
+            scene.cluster.inside(member, f"kill -TERM {pid}")
             until("flynn-host comes back", lambda m=member, p=pid: "" if scene.host_pid(m) != p else "the same", 40)  # type: ignore[misc]
 
 
@@ -273,14 +264,14 @@ def _stopped(name: str, what: str, choose: Callable[[Cluster], Running], carried
         scene.say(f"{job.app} {job.type} on {job.member.id}, {STOP_SECONDS} s")
         scene.strike(job.member)
         # The whole container: a database's server is a child of its daemon.
-        scene.inside(job.member, f"kill -STOP $(pgrep --ns {job.pid} --nslist pid)")
+        scene.cluster.inside(job.member, f"kill -STOP $(pgrep --ns {job.pid} --nslist pid)")
         try:
             if carried:
                 until("the others carry on", scene.carried_by_the_others, STOP_SECONDS - 5)
                 scene.say(f"carried by the others after {time.monotonic() - scene.struck_at:.1f} s")
             time.sleep(max(0.0, scene.struck_at + STOP_SECONDS - time.monotonic()))
         finally:
-            scene.inside(job.member, f"kill -CONT $(pgrep --ns {job.pid} --nslist pid)")
+            scene.cluster.inside(job.member, f"kill -CONT $(pgrep --ns {job.pid} --nslist pid)")
 
     fault(name, what)(procedure)
 
@@ -310,11 +301,11 @@ def _(scene: Scene) -> None:
     member = scene.cluster.members[1]
     pid = scene.host_pid(member)
     scene.strike(member)
-    scene.inside(member, f"kill -STOP {pid}")
+    scene.cluster.inside(member, f"kill -STOP {pid}")
     try:
         time.sleep(STOP_SECONDS)
     finally:
-        scene.inside(member, f"kill -CONT {pid}")
+        scene.cluster.inside(member, f"kill -CONT {pid}")
 
 
 # A node is cut off from everybody.
@@ -341,6 +332,32 @@ _cut("cut-directory-leader", "the node that leads the directory is cut off for 3
 _cut(
     "cut-primary", "the node with PostgreSQL's primary is cut off for 30 s", lambda c: c.database_role("primary").member
 )
+
+
+@fault(
+    "kill-primary-of-rejoined", "a node with the primary was cut off for 30 s; the next one dies as it is taken back"
+)
+def _(scene: Scene) -> None:
+    former = scene.cluster.database_role("primary").member
+    scene.say(f"{former.id}, {CUT_SECONDS} s")
+    with scene.dark(former):
+        scene.strike(former)
+        network.cut(former)
+        try:
+            scene.wait_carried(scene.struck_at, CUT_SECONDS)
+        finally:
+            network.mend(former)
+    until(
+        "the former primary is taken back", lambda: _without_async(scene.cluster, former), CARRIED_SECONDS, every=0.05
+    )
+    scene.kill(scene.cluster.database_role("primary"))
+
+
+def _without_async(cluster: Cluster, former: Node) -> str:
+    if float(str(cluster.standing(former)["stale_seconds"])) > STALE_SECONDS:
+        return f"{former.id} does not know what the others have decided"
+    state = cluster.directory("/services/postgres/meta")["data"]
+    return "" if state.get("async") else "PostgreSQL has no async"  # type: ignore[attr-defined]
 
 
 @fault("cut-all", "every node is cut off from every other for 20 s")
@@ -398,20 +415,27 @@ def _deploy_begun(scene: Scene) -> str:
     return "" if len(releases) > 1 else "only jobs of one release"
 
 
-@fault("deploy-scheduler-killed", "during a deploy the scheduler that leads is killed")
-def _(scene: Scene) -> None:
-    deploying = _deploying(scene, time.monotonic_ns())
-    until("the deploy begins", lambda: _deploy_begun(scene), 20, every=0.05)
-    scene.kill(scene.cluster.leading_job("controller-scheduler"))
-    _finish_deploy(scene, deploying)
+def _killed_in_a_deploy(name: str, what: str, choose: Callable[[Cluster], list[Running]]) -> None:
+    def procedure(scene: Scene) -> None:
+        victims = choose(scene.cluster)  # looked up before: a deploy does not take long
+        deploying = _deploying(scene, time.monotonic_ns())
+        until("the deploy begins", lambda: _deploy_begun(scene), 20, every=0.01)
+        scene.kill(*victims)
+        if deploying.poll() is not None:
+            raise NotMet("the deploy had ended before the blow fell")
+        _finish_deploy(scene, deploying)
+
+    fault(name, what)(procedure)
 
 
-@fault("deploy-workers-killed", "during a deploy every worker of the controller is killed")
-def _(scene: Scene) -> None:
-    deploying = _deploying(scene, time.monotonic_ns())
-    until("the deploy begins", lambda: _deploy_begun(scene), 20, every=0.05)
-    scene.kill(*_all_of("controller", "worker")(scene.cluster))
-    _finish_deploy(scene, deploying)
+_killed_in_a_deploy(
+    "deploy-scheduler-killed",
+    "during a deploy the scheduler that leads is killed",
+    lambda c: [c.leading_job("controller-scheduler")],
+)
+_killed_in_a_deploy(
+    "deploy-workers-killed", "during a deploy every worker of the controller is killed", _all_of("controller", "worker")
+)
 
 
 @fault("deploy-power", "during a deploy a node loses its power")
@@ -626,14 +650,14 @@ def _(scene: Scene) -> None:
         scene.strike(member)
         node.remove(member)
         scene.wait_carried(scene.struck_at, OFF_SECONDS)
-        scene.inside(leader, f"flynn-host demote --force {member.ip}")
+        scene.cluster.inside(leader, f"flynn-host demote --force {member.ip}")
         scene.booting.add(member)
         lab.add(member.number)
         scene.say(f"a new {member.id} has joined after {time.monotonic() - scene.struck_at:.1f} s")
         until("its discoverd observes", lambda: _not_observing(cluster, member), 60)
         until(
             "it is promoted",
-            lambda: "" if scene.inside(leader, f"flynn-host promote {member.ip}") else "no word",
+            lambda: "" if scene.cluster.inside(leader, f"flynn-host promote {member.ip}") else "no word",
             60,
         )
 

@@ -260,7 +260,7 @@ class MissingAloud:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="make drill", description=__doc__)
-    parser.add_argument("--only", default="", help="names of faults, separated by commas; a * stands for anything")
+    parser.add_argument("--only", default="", help="names of faults in this order, separated by commas; * = anything")
     parser.add_argument("--list", action="store_true", help="say which faults there are")
     options = parser.parse_args(arguments)
     chosen = choose(options.only)
@@ -292,7 +292,7 @@ def main(arguments: list[str]) -> None:
 
 def choose(only: str) -> list[Fault]:
     patterns = [pattern for pattern in only.split(",") if pattern]
-    chosen = [f for f in CATALOGUE if not patterns or any(fnmatch(f.name, pattern) for pattern in patterns)]
+    chosen = [f for pattern in patterns or ["*"] for f in CATALOGUE if fnmatch(f.name, pattern)]
     if not chosen:
         sys.exit(f"no fault is called {only!r}; LIST=1 shows their names")
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -113,6 +114,14 @@ class Cluster:
             raise NoAnswer(f"controller {path}: {said.status} {said.body[:200]}")
         return said.json()
 
+    def inside(self, member: Node, script: str) -> str:
+        """What a shell script prints on a node. Raises NoAnswer if it fails."""
+        command, env = node.inside(member, ["sh", "-c", script]), node.command_environment(member)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode != 0:
+            raise NoAnswer(f"{member.id}: {script}: {done.stderr.strip()}")
+        return done.stdout
+
     # What is missing.
 
     def missing(self) -> str:
@@ -130,6 +139,7 @@ class Cluster:
         yield from self._database_alone()
         yield from self._status_unhealthy()
         yield from self._counts_wrong()
+        yield from self._replication_broken()
         yield from self._directory_silent()
         yield from self._jobs_not_routed()
         yield from self._nothing_new_runs()
@@ -164,6 +174,17 @@ class Cluster:
         if len([peer for peer in peers if peer]) != wanted or not isinstance(listed, list) or len(listed) != wanted:
             deposed = len(state.get("deposed") or [])
             yield f"PostgreSQL has {len([p for p in peers if p])} peers in place, {deposed} deposed"
+
+    def _replication_broken(self) -> Iterator[str]:
+        """Every peer has to receive from the one above it: who is listed only is of no use when the next one dies."""
+        asked = self.members[-1]
+        said = json.loads(self.inside(asked, "flynn-host database status --json"))
+        peers = {peer["status"]["peer"]["role"]: peer["status"] for peer in said if peer.get("status")}
+        for upper, lower in itertools.pairwise(("primary", "sync", "async")):
+            if not {upper, lower} <= set(peers):
+                yield f"PostgreSQL has no {upper} or no {lower} that answers"
+            elif peers[upper]["peer"]["id"] not in (peers[lower]["database"].get("connected") or []):
+                yield f"PostgreSQL's {lower} does not receive from the {upper}"
 
     def _status_unhealthy(self) -> Iterator[str]:
         for member in self.members:

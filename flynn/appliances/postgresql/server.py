@@ -43,7 +43,7 @@ CERTIFICATE_CHECK = timedelta(seconds=60)  # certificates are renewed hours befo
 RESTART = Backoff(first=timedelta(milliseconds=100), factor=2, limit=timedelta(seconds=10))
 STEADY = timedelta(minutes=1)  # a server that ran so long starts with the shortest pause again
 
-STANDBY_START_LIMIT = timedelta(minutes=1)  # what it follows may be dead, and the next one known by then
+STANDBY_START_LIMIT = timedelta(minutes=1)  # the first time, twice as long each time after: it may have much to replay
 COPYING = "-copy"
 HOLD_LIMIT = timedelta(seconds=8)  # longer than queries on a standby may delay its replay
 ASK_LIMIT = timedelta(seconds=20)  # for another server to answer, a checkpoint included
@@ -74,12 +74,16 @@ class PostgreSQL:
         self._target = ""  # the log position it has to reach for that
         self._rejoins = 0  # how often this standby was rewound or copied without getting through to its upstream
         self._failed_starts = 0  # how often in a row no server would start on the data of a standby
+        self._slow_starts = 0  # how often in a row a standby's server was not ready in time
+        self._launched: DatabaseConfig | None = None  # what the server of a standby was started for
         self._held = False
         self._detail = ""
         self._postmaster: Postmaster | None = None
         self._became_ready = asyncio.Event()  # the superuser can come in with the password of the environment
         self._moved = asyncio.Event()  # something was applied
         self._lock = asyncio.Lock()  # one start, stop or reload at a time
+        self._news = 0  # how often something else was asked for, or may be soon
+        self._heard = 0  # what `_news` was when the present holder of the lock made up his mind
         self._probe: Connection | None = None
         self._probing = asyncio.Lock()  # one query at a time on the probe's connection
 
@@ -89,12 +93,24 @@ class PostgreSQL:
         return wal.compare(a, b)
 
     async def apply(self, config: DatabaseConfig) -> None:
-        async with self._lock:
+        self.reconsider()  # the holder of the lock may wait for a server that is to be another one by now
+        async with self._turn():
             self._wanted, self._held = config, False
             try:
                 await self._bring_to(config)
             finally:
                 self._detail = ""
+
+    def reconsider(self) -> None:
+        self._news += 1
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Hold the lock; waiting for a standby's server ends when there are news since this was called."""
+        news = self._news
+        async with self._lock:
+            self._heard = news
+            yield
 
     async def hold(self) -> Held:
         async with self._lock:
@@ -187,9 +203,10 @@ class PostgreSQL:
                 back = await self._back_again()
 
     async def _back_again(self) -> bool:
-        """Start the server if it is wanted and down; False if that failed."""
-        async with self._lock:
-            if self._running or self._held or self._wanted is None or self._wanted.role is Role.NONE:
+        """Start the server if it is wanted and not there; False if that failed."""
+        async with self._turn():
+            ready = self._running and self._became_ready.is_set()
+            if ready or self._held or self._wanted is None or self._wanted.role is Role.NONE:
                 return True  # one that was held comes back by `apply` only: until then it must not acknowledge
             try:
                 await self._bring_to(self._wanted)
@@ -226,7 +243,7 @@ class PostgreSQL:
             if config is None or self._lock.locked() or not self._became_ready.is_set():
                 flowing = loop.time()
                 continue
-            async with self._lock:
+            async with self._turn():
                 if self._applied is not config or not self._running:
                     continue
                 try:
@@ -337,31 +354,59 @@ class PostgreSQL:
         if upstream is None:
             raise DatabaseError(f"{config.role} without an upstream")
         mode = Mode(standby=True, upstream=upstream, sync=NOBODY, read_only=True, replicated=True)
-        if self._running and (not self._mode.standby or not self._became_ready.is_set()):
+        ready = self._became_ready.is_set()
+        if self._running and (not self._mode.standby or not (ready or self._starts_for(config))):
             await self._stop()
-        if self._running:
+        if self._running and ready:
             self._configure(mode)
             return
-        self._workplace.prepare()
-        if not self._directory.exists:
-            await self._copy(upstream)
-        elif not self._directory.is_standby:
-            await self._rewind_or_copy(config, upstream)
+        if not self._running:
+            self._workplace.prepare()
+            if not self._directory.exists:
+                await self._copy(upstream)
+            elif not self._directory.is_standby:
+                await self._rewind_or_copy(config, upstream)
         try:
-            await self._start_standby(mode)
+            await self._start_standby(config, mode)
         except EndedDuringStart as error:
             await self._replace_broken(config, upstream, error)
-            await self._start_standby(mode)
+            await self._start_standby(config, mode)
         self._failed_starts = 0
         self._became_ready.set()
         log.info("the server is ready", extra={"role": config.role, "upstream": upstream.addr})
 
-    async def _start_standby(self, mode: Mode) -> None:
+    def _starts_for(self, config: DatabaseConfig) -> bool:
+        """Whether a standby's server that is not ready yet waits for what the new configuration asks for as well."""
+        launched = self._launched
+        return launched is not None and (_generation(launched), _address(launched.upstream)) == (
+            _generation(config),
+            _address(config.upstream),
+        )
+
+    async def _start_standby(self, config: DatabaseConfig, mode: Mode) -> None:
+        """Have a standby's server run and let clients in, after a start that it has begun or a new one.
+
+        Before it does, it may have to receive log, from an upstream that has died meanwhile. So the wait ends with
+        DatabaseError as soon as there are news; the server goes on, until it is known that they concern it.
+        """
+        limit = STANDBY_START_LIMIT * 2**self._slow_starts
         self._detail = STARTING
         try:
-            await self._start(mode, STANDBY_START_LIMIT)
+            if not self._running:
+                await self._launch(mode)
+                self._launched = config
+            async with asyncio.timeout(limit.total_seconds()):
+                while not await self._lets_in():
+                    if self._news != self._heard:
+                        raise DatabaseError("the server is starting, and there are news about the cluster")
+                    await asyncio.sleep(START_POLL.total_seconds())
+        except TimeoutError as error:
+            self._slow_starts = min(self._slow_starts + 1, 10)
+            await self._stop()
+            raise DatabaseError(f"the server was not ready after {limit}") from error
         finally:
             self._detail = ""
+        self._slow_starts = 0
 
     async def _replace_broken(self, config: DatabaseConfig, upstream: Instance, error: EndedDuringStart) -> None:
         """A standby whose data no server starts on gets a new copy, as long as there is a primary that has it all."""
@@ -386,7 +431,7 @@ class PostgreSQL:
             await self._rewind_or_copy(config, upstream)
         else:
             await self._copy(upstream)
-        await self._start_standby(mode)
+        await self._start_standby(config, mode)
         self._became_ready.set()
 
     async def _rewind_or_copy(self, config: DatabaseConfig, upstream: Instance) -> None:
@@ -483,7 +528,18 @@ class PostgreSQL:
 
     # --- the steps
 
-    async def _start(self, mode: Mode, limit: timedelta | None = None) -> None:
+    async def _start(self, mode: Mode) -> None:
+        """Start the server and wait until it lets clients in."""
+        await self._launch(mode)
+        try:
+            async with asyncio.timeout(START_LIMIT.total_seconds()):
+                while not await self._lets_in():
+                    await asyncio.sleep(START_POLL.total_seconds())
+        except TimeoutError as error:
+            await self._stop()
+            raise DatabaseError(f"the server was not ready after {START_LIMIT}") from error
+
+    async def _launch(self, mode: Mode) -> None:
         config, data = self._config, self._directory.path
         self._workplace.prepare()
         try:
@@ -493,7 +549,17 @@ class PostgreSQL:
             self._postmaster = await Postmaster.start(config.installation, data)
         except OSError as error:
             raise DatabaseError(f"cannot start the server: {error}") from error
-        await self._wait_until_ready(self._postmaster, limit or START_LIMIT)
+
+    async def _lets_in(self) -> bool:
+        """Whether the server that was launched takes connections. Raises EndedDuringStart."""
+        try:
+            async with self._local_connection() as connection:
+                await connection.execute("SELECT 1")
+        except (psycopg.Error, OSError) as error:
+            if not self._running:
+                raise EndedDuringStart("the server ended during its start, its log tells why") from error
+            return False
+        return True
 
     async def _restart(self, mode: Mode) -> None:
         await self._stop()
@@ -530,22 +596,6 @@ class PostgreSQL:
         if postmaster is not None:
             await postmaster.stop()
             log.info("the server has stopped")
-
-    async def _wait_until_ready(self, postmaster: Postmaster, limit: timedelta) -> None:
-        try:
-            async with asyncio.timeout(limit.total_seconds()):
-                while True:
-                    try:
-                        async with self._local_connection() as connection:
-                            await connection.execute("SELECT 1")
-                        return
-                    except (psycopg.Error, OSError) as error:
-                        if not postmaster.running:
-                            raise EndedDuringStart("the server ended during its start, its log tells why") from error
-                    await asyncio.sleep(START_POLL.total_seconds())
-        except TimeoutError as error:
-            await postmaster.stop()
-            raise DatabaseError(f"the server was not ready after {limit}") from error
 
     async def _ensure_superuser(self) -> None:
         try:

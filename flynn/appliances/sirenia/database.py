@@ -60,6 +60,12 @@ class Database(Protocol):
         a primary is read-only until `enable_writes`. Raises DatabaseError; the caller tries again.
         """
 
+    def reconsider(self) -> None:
+        """There is a new state: an `apply` that waits for what may not come any more raises DatabaseError soon.
+
+        Nothing is lost by that: a server that was starting goes on, and the next `apply` finds it as far as it is.
+        """
+
     async def hold(self) -> Held:
         """Stop to acknowledge: as a primary no write, as a standby nothing to the upstream, until the next `apply`.
 

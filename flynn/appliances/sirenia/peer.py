@@ -2,7 +2,7 @@
 
 One task follows the directory and keeps the newest picture, one asks the neighbours, another decides and acts, one
 thing after the other. A database operation may take minutes meanwhile: what arrives then is seen afterwards, as one
-picture.
+picture. The database is told that there is something new, in case that it waits for somebody who has died.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class Peer:
 
     def _adopt(self, state: ClusterState, index: int) -> None:
         self.cluster, self._index = replace(self.cluster, state=state), index
+        self.database.reconsider()
 
     # --- the neighbours
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from flynn.appliances.sirenia.database import STARTING
+
 from .cluster import Cluster, Node, Writer, cluster, until
 from .conftest import BIN
 from .test_cluster import _more, _tree, _writable, insert, rows
@@ -126,6 +128,40 @@ async def test_an_async_that_found_nobody_to_rejoin_tries_again_although_nothing
             for pid in hung:
                 os.kill(pid, signal.SIGCONT)
         await until(one.whole, 60)
+
+
+async def test_a_standby_that_waits_for_log_from_a_dead_upstream_follows_the_next_one_at_once() -> None:
+    async with cluster() as one:
+        await until(one.whole)
+        async with writing(one) as writer:
+            node, sync = await third(one), await one.sync()
+            await node.terminate()
+            for segment in (node.directory / "data" / "db" / "pg_wal").glob("?" * 24):
+                segment.unlink()
+            # What it needs to start has to come from its upstream, which does not send.
+            rules = sync.directory / "data" / "db" / "pg_hba.conf"
+            rules.write_text("hostssl replication all all reject\n" + rules.read_text())
+            os.kill(sync.server_pid, signal.SIGHUP)
+            await node.start()
+            await until(lambda: _says(one, node, "rejects replication"), 30)
+            assert await _starting(one, node)
+            writer.gap = 0.0
+            await sync.kill()
+            seconds = await until(lambda: _is_sync(one, node), 30)
+            await flows(writer, 10)
+            print(f"\nthe new sync confirms after {seconds:.1f} s, longest pause {writer.gap:.1f} s")
+            await sync.start()
+            await until(one.whole, 60)
+
+
+async def _starting(one: Cluster, node: Node) -> bool:
+    return (await one.status(node)).database.detail == STARTING
+
+
+async def _is_sync(one: Cluster, node: Node) -> bool:
+    """Whether the primary takes writes that this one confirms."""
+    database = (await one.status(await one.primary())).database
+    return database.read_write and one.at(database.synced_downstream) is node
 
 
 async def _says(one: Cluster, node: Node, words: str) -> bool:

@@ -214,6 +214,7 @@ class SimulatedDatabase:
     confirmed: dict[str, int] = field(default_factory=dict)
     target: int = 0
     lost_since: float | None = None
+    news: int = 0
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)  # one operation at a time, as a server's owner does them
     waiting: list[tuple[int, Entry, float]] = field(default_factory=list)  # clients: position, what, until when
 
@@ -229,8 +230,10 @@ class SimulatedDatabase:
         return self.running and self.role is Role.PRIMARY and not self.disk.standby
 
     async def apply(self, config: DatabaseConfig) -> None:
+        self.reconsider()
+        news = self.news
         async with self.busy:
-            await self._bring_to(config)
+            await self._bring_to(config, news)
 
     async def back_again(self) -> None:
         """The server ended by itself and is started again, unless it is held: that ends by `apply` only."""
@@ -239,11 +242,11 @@ class SimulatedDatabase:
             if self.running or self.held or config is None:
                 return
             try:
-                await self._bring_to(config)
+                await self._bring_to(config, self.news)
             except DatabaseError:
                 self.config = None
 
-    async def _bring_to(self, config: DatabaseConfig) -> None:
+    async def _bring_to(self, config: DatabaseConfig, news: int) -> None:
         same = config == self.config and self.running and not self.held
         self.config = config
         if config.role is Role.NONE:
@@ -279,6 +282,8 @@ class SimulatedDatabase:
             await self._copy(config)
         if not self.running:
             await self.world.delay(1.0)
+            if self.world.rng.random() < 0.3:
+                await self._receive(config, news)
         self.role, self.running = config.role, True
 
     def _halt(self) -> None:
@@ -310,6 +315,15 @@ class SimulatedDatabase:
             common += 1
         del self.disk.log[common:]
         self.disk.standby = True
+
+    async def _receive(self, config: DatabaseConfig, news: int) -> None:
+        """Not ready before some log has come from the upstream, which may have died."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while self._other(config.upstream) is None:
+            if self.news != news or loop.time() - began > 60:
+                raise DatabaseError("it starts")
+            await self.world.delay(0.05)
 
     async def _copy(self, config: DatabaseConfig) -> None:
         await self.world.delay(3.0)
@@ -362,6 +376,9 @@ class SimulatedDatabase:
             lineage=self.disk.lineage,
             timeline=self.disk.timeline,
         )
+
+    def reconsider(self) -> None:
+        self.news += 1
 
     def interrupt(self) -> None:
         return None

@@ -64,6 +64,9 @@ class RememberingDatabase:
     async def enable_writes(self, generation: int) -> None:
         return None
 
+    def reconsider(self) -> None:
+        return None
+
     def interrupt(self) -> None:
         return None
 
