@@ -1,8 +1,9 @@
 """PostgreSQL whose primary is killed: three flynn-postgres peers beside three Patroni members.
 
-The same clients do the same to both: four of them insert numbers, one after the other, wherever libpq finds a server
-that takes writes, and remember what was acknowledged. `kill -9` takes the primary's daemon and its server at once, as
-when a container or its machine dies. The gap is the longest time in which none of the four was acknowledged anything.
+Both carry the same load: pgbench at a fixed rate, begun again whenever its connections have died, since it follows
+nobody, and four witnesses, who insert numbers, one after the other, wherever libpq finds a server that takes writes,
+and remember what was acknowledged, which pgbench does not. `kill -9` takes the primary's daemon and its server at once,
+as when a container or its machine dies. The gap is the longest time in which no witness was acknowledged anything.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import statistics
 import tempfile
 import time
+from asyncio.subprocess import DEVNULL
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +32,14 @@ from bench.rows import Row
 from flynn.aio.supervisor import supervisor
 from tests.appliances.postgresql import cluster as peers
 from tests.appliances.postgresql.cluster import until
+from tests.appliances.postgresql.conftest import BIN
 
 KILLS = 10
 KILLS_SYNCHRONOUS = 3  # of Patroni once more, with the mode in which it does not lose writes either
-CLIENTS = 4
+WITNESSES = 4
+PGBENCH = ("--no-vacuum", "--client=4", "--rate=200", "--time=3600")  # of its transactions, TPC-B (sort of)
+PGBENCH_SCALE = 10
+PGBENCH_AGAIN = 0.2  # seconds
 COMMIT_SECONDS = 3.0  # a client that is not answered so long tries another connection
 CALM = 1.0  # seconds of undisturbed load before a kill
 RECOVERY_SECONDS = 180.0
@@ -52,6 +58,7 @@ class Site:
     """A cluster of either kind, as the load sees it."""
 
     conninfo: str
+    password: str
     primary: Callable[[], Awaitable[Node]]
     whole: Callable[[], Awaitable[bool]]
 
@@ -59,6 +66,7 @@ class Site:
 @dataclass
 class Load:
     conninfo: str
+    password: str
     acknowledged: set[int] = field(default_factory=set)
     times: list[float] = field(default_factory=list)
     numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -66,13 +74,34 @@ class Load:
     async def prepare(self) -> None:
         async with await self.connect() as connection:
             await connection.execute("CREATE TABLE written (n bigint PRIMARY KEY, filler text)")
+        if status := await self._pgbench("--initialize", "--quiet", f"--scale={PGBENCH_SCALE}"):
+            raise RuntimeError(f"pgbench --initialize ended with {status}")
 
     async def connect(self) -> AsyncConnection[tuple[object, ...]]:
         return await AsyncConnection.connect(
-            self.conninfo, autocommit=True, connect_timeout=2, target_session_attrs="read-write"
+            self.conninfo, password=self.password, autocommit=True, connect_timeout=2, target_session_attrs="read-write"
         )
 
-    async def client(self) -> None:
+    async def pgbench(self) -> None:
+        """Keep pgbench running, for ever."""
+        while True:
+            await self._pgbench(*PGBENCH)
+            await asyncio.sleep(PGBENCH_AGAIN)
+
+    async def _pgbench(self, *options: str) -> int:
+        process = await asyncio.create_subprocess_exec(
+            str(BIN / "pgbench"), *options, f"{self.conninfo} connect_timeout=2 target_session_attrs=read-write",
+            env={"PGPASSWORD": self.password, "PATH": os.environ["PATH"]},
+            stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+        )  # fmt: skip
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def witness(self) -> None:
         """Write for ever."""
         while True:
             try:
@@ -107,11 +136,12 @@ class Outcome:
 
 
 async def killed(site: Site, kills: int) -> Outcome:
-    load, outcome = Load(site.conninfo), Outcome()
+    load, outcome = Load(site.conninfo, site.password), Outcome()
     await load.prepare()
     async with supervisor() as spawn:
-        for number in range(CLIENTS):
-            spawn(f"client {number}", load.client())
+        spawn("pgbench", load.pgbench())
+        for number in range(WITNESSES):
+            spawn(f"witness {number}", load.witness())
         for kill in range(kills):
             await asyncio.sleep(CALM + random.random())
             node = await site.primary()
@@ -129,7 +159,7 @@ async def killed(site: Site, kills: int) -> Outcome:
 
 async def _flows(load: Load, before: int) -> bool:
     """Whether writes are acknowledged again: enough of them, so that none can be from before the kill."""
-    return len(load.times) > before + 10 * CLIENTS
+    return len(load.times) > before + 10 * WITNESSES
 
 
 @dataclass
@@ -151,12 +181,12 @@ def _ours(one: peers.Cluster) -> Site:
 
     ports = [node.port for node in one.nodes]
     secured = f" sslmode=verify-full sslrootcert={one.identity.ca_path}"
-    conninfo = f"{_hosts(ports)} user=flynn password='s3:cr\\'et' dbname=postgres{secured}"
-    return Site(conninfo, primary, one.whole)
+    conninfo = f"{_hosts(ports)} user=flynn dbname=postgres{secured}"
+    return Site(conninfo, "s3:cr'et", primary, one.whole)
 
 
 def _theirs(one: patroni.Cluster) -> Site:
-    return Site(f"{_hosts(one.ports)} user=postgres dbname=postgres", one.primary, one.whole)
+    return Site(f"{_hosts(one.ports)} user=postgres dbname=postgres", "", one.primary, one.whole)
 
 
 def _hosts(ports: list[int]) -> str:

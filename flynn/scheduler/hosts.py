@@ -71,8 +71,11 @@ class HostWatch:
         if host.shutting_down:
             self._unfollow(host, now)
         else:
-            self._world.hosts[id] = replace(host, listed=False)
-            self.suspect(id, now)
+            self._world.hosts[id] = host = replace(host, listed=False)
+            if not host.healthy and host.failed_checks >= FAILED_CHECKS:
+                self._unfollow(host, now)  # its probes had failed before discoverd noticed
+            else:
+                self.suspect(id, now)
 
     def suspect(self, id: HostID, now: datetime) -> None:
         """Begin to probe a host; while it is under suspicion already, the probes go on at their own pace."""

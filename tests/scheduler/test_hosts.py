@@ -82,3 +82,15 @@ def test_a_machine_that_does_not_even_refuse_is_given_up_as_soon_as_three_probes
         now += timedelta(seconds=1)
         actions = engine.step([HostChecked(NODE, False)], now)
     assert UnfollowHost(NODE) in actions
+
+
+def test_a_host_whose_probes_have_failed_is_given_up_in_the_moment_in_which_the_directory_does_so() -> None:
+    engine = Engine(Random(1), lambda: "u1")
+    engine.step([HostSeen(NODE, {})], START)
+    engine.step([ListingFailed(NODE)], START)
+    now = START
+    for _ in range(FAILED_CHECKS):
+        now += timedelta(seconds=1)
+        assert UnfollowHost(NODE) not in engine.step([HostChecked(NODE, False)], now)
+    assert UnfollowHost(NODE) in engine.step([HostGone(NODE)], now)
+    assert engine.step([HostChecked(NODE, False)], now + timedelta(seconds=1)) == [], "the last probe comes too late"

@@ -447,6 +447,8 @@ class PostgreSQL:
             await self._directory.rewind(self._workplace.source(state.primary, COPYING))
         except DatabaseError as error:
             log.warning("rewinding failed", extra={"error": error})
+            if await self._asked(state.primary) is not False:
+                raise  # it died meanwhile: the next one is rewound from, which takes seconds, and a copy hours
             await self._copy(upstream)
         finally:
             self._detail = ""
