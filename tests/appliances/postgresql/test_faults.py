@@ -144,7 +144,7 @@ async def test_a_standby_that_waits_for_log_from_a_dead_upstream_follows_the_nex
             os.kill(sync.server_pid, signal.SIGHUP)
             await node.start()
             await until(lambda: _says(one, node, "rejects replication"), 30)
-            assert await _starting(one, node)
+            await until(lambda: _starting(one, node), 10)
             writer.gap = 0.0
             await sync.kill()
             seconds = await until(lambda: _is_sync(one, node), 30)
