@@ -15,6 +15,7 @@ from flynn.aio.supervisor import supervisor
 from flynn.discoverd import expiry
 from flynn.discoverd.api import DiscoverdApi
 from flynn.discoverd.directory import LiveDirectory
+from flynn.discoverd.raft.node import ELECTION_TIMEOUT
 from flynn.http.client import HttpClient, KeyAuth
 from flynn.http.server import listen
 from flynn.identity.authority import ClusterCA
@@ -322,3 +323,20 @@ async def test_a_member_that_is_sent_a_snapshot_tells_its_watchers_what_they_mis
             ("leader", changed.addr),
             ("service_meta", "after"),
         ]
+
+
+@pytest.mark.slow
+async def test_a_member_that_stood_still_or_was_cut_off_comes_back_without_an_election(three: list[Place]) -> None:
+    async with AsyncExitStack() as stack:
+        members = [await stack.enter_async_context(member(place, three)) for place in three]
+        leader = await leader_among(members)
+        away = next(one for one in members if one is not leader)
+        await written(three[members.index(leader)], "before")
+        term = leader.raft._member.raftCurrentTerm
+        for number in range(5):
+            async with Held(away):
+                await asyncio.sleep(2 * ELECTION_TIMEOUT[1])
+                await written(three[members.index(leader)], f"while-away-{number}")
+            await until(lambda: away.state.index == leader.state.index)
+        assert leader.leading
+        assert {one.raft._member.raftCurrentTerm for one in members} == {term}

@@ -9,6 +9,7 @@ What differs from pysyncobj as it comes, and why:
   it sends one per command and another per commit. Small messages are not compressed, see `compression`.
 - Repetition. What a leader repeats is recognised, and nothing is committed that a message does not speak for; see
   `_Member.news_in`. A confirmation that comes late no longer moves a follower's position back, see `_Transport`.
+- Elections. Whether one could be won is asked before it is called, see `prevote`.
 - Durability. The journal is ours (`journal`). It is synced before the leader counts itself, and by `_Transport` before
   a follower confirms.
 - Snapshots are our own format, and the journal is trimmed to the snapshot when both are loaded: pysyncobj would drop
@@ -43,8 +44,9 @@ from pysyncobj.journal import MemoryJournal
 from pysyncobj.node import TCPNode
 from pysyncobj.transport import TCPTransport
 
-from flynn.discoverd.raft import compression
+from flynn.discoverd.raft import compression, prevote
 from flynn.discoverd.raft.journal import DurableJournal, write_durably
+from flynn.discoverd.raft.prevote import Canvass, Position
 from flynn.discoverd.raft.seal import Seal
 from flynn.discoverd.raft.snapshot import Snapshot
 from flynn.types.errors import ServiceUnavailable
@@ -286,6 +288,7 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         self.keep_tail = False
         self._sending_due = False
         self.heard = time.monotonic()
+        self.canvass = Canvass()
         others = [peer for peer in members if peer != config.address]
         conf = SyncObjConf(
             password=config.password,
@@ -360,6 +363,52 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         """A leader has spoken: one of the past is not listened to, and does not make us less blind."""
         if term >= self.raftCurrentTerm:
             self.heard = time.monotonic()
+            self.canvass.end()
+        else:
+            self.canvass.approved = True  # the others follow it and agree to nobody: only a vote makes it our equal
+
+    @property
+    def _end_of_log(self) -> Position:
+        _, index, term = self.journal[-1]
+        return term, index
+
+    def _onTick(self, timeToWait: float = 0.0) -> None:
+        self._canvass()
+        super()._onTick(timeToWait)
+
+    def _canvass(self) -> None:
+        """Put off an election that is due until a majority agrees to it."""
+        due = self._SyncObj__raftElectionDeadline < time.monotonic()
+        if not due or self.observing or self._isLeader() or not self.otherNodes:
+            return
+        if self.canvass.approved or self._SyncObj__transferInProgress:
+            self.canvass.end()  # the library calls the election now
+            return
+        self._election_not_before(prevote.patience())
+        if self._SyncObj__raftLeader is not None:  # type: ignore[has-type]
+            self._SyncObj__raftLeader = None
+            self._SyncObj__onLeaderChanged()  # who waits for his answer waits in vain
+        question = {"type": "pre_vote", "round": self.canvass.begin(), "log": self._end_of_log}
+        for other in self.otherNodes:
+            self._SyncObj__transport.send(other, question)
+
+    def asked_for_a_vote(self, question: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to somebody who may want to lead; None = no."""
+        silence, log = time.monotonic() - self.heard, tuple(question["log"])
+        if self.observing or not prevote.agrees(
+            leads=self._isLeader(), silence=silence, own=self._end_of_log, other=log
+        ):
+            return None
+        self._election_not_before(ELECTION_TIMEOUT[0])  # it goes first: two at once would share the votes
+        return {"type": "pre_vote_agreed", "round": question["round"], "term": self.raftCurrentTerm}
+
+    def agreed(self, other: Any, answer: dict[str, Any]) -> None:
+        if self._isLeader() or other not in self.otherNodes:
+            return
+        if answer["term"] > self.raftCurrentTerm:
+            self._SyncObj__setCurrentTerm(answer["term"], None)  # with less the real vote would be refused
+        if self.canvass.hear(other, answer["round"], len(self.members)):
+            self._election_not_before(0)
 
     def news_in(self, message: dict[str, Any]) -> dict[str, Any]:
         """A leader's message without the entries that we have, and with no more committed than it speaks for.
@@ -440,7 +489,9 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
 
 class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no types
     def _onMessageReceived(self, node: Any, message: Any) -> None:
-        """What the library makes of a message, except for two things.
+        """What the library makes of a message, except for three things.
+
+        Pre-votes: it does not know of them.
 
         Entries: only those that are new to us are shown to it, see `_Member.news_in`; what it would make of the rest
         is to take back a part of the log that may already have been confirmed, changes of membership included.
@@ -449,6 +500,13 @@ class _Transport(TCPTransport):  # type: ignore[misc]  # the library has no type
         under way would be sent and written again.
         """
         kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "pre_vote":
+            if (answer := self._syncObj.asked_for_a_vote(message)) is not None:
+                self.send(node, answer)
+            return
+        if kind == "pre_vote_agreed":
+            self._syncObj.agreed(node, message)
+            return
         if kind == "append_entries":
             self._syncObj.hear(message["term"])
             message = self._syncObj.news_in(message)
