@@ -86,6 +86,7 @@ class PostgreSQL:
         self._heard = 0  # what `_news` was when the present holder of the lock made up his mind
         self._probe: Connection | None = None
         self._probing = asyncio.Lock()  # one query at a time on the probe's connection
+        self._asking: asyncio.Timeout | None = None  # the limit of that query
 
     # --- what sirenia asks for
 
@@ -148,8 +149,7 @@ class PostgreSQL:
         answer = Answer()
         if running:
             try:
-                async with asyncio.timeout(INFO_LIMIT.total_seconds()), self._probing:
-                    answer = await self._ask()
+                answer = await self._answer()
             except (psycopg.Error, TimeoutError, OSError) as error:
                 log.debug("the server does not answer", extra={"error": error})
         return DatabaseInfo(
@@ -524,8 +524,7 @@ class PostgreSQL:
 
     async def _is_streaming(self) -> bool:
         upstream = self._mode.upstream
-        async with asyncio.timeout(INFO_LIMIT.total_seconds()), self._probing:
-            answer = await self._ask()
+        answer = await self._answer()
         return upstream is not None and answer.sender == (upstream.host, upstream.port)
 
     # --- the steps
@@ -594,7 +593,7 @@ class PostgreSQL:
     async def _stop(self) -> None:
         postmaster, self._postmaster = self._postmaster, None
         self._became_ready.clear()
-        await self._close_probe()
+        await self._stop_asking()
         if postmaster is not None:
             await postmaster.stop()
             log.info("the server has stopped")
@@ -618,6 +617,27 @@ class PostgreSQL:
 
     async def _connect(self) -> Connection:
         return await queries.connect(self._config.run, self._config.port)
+
+    async def _answer(self) -> Answer:
+        """What the server says of itself. Raises psycopg.Error, OSError or TimeoutError."""
+        async with asyncio.timeout(INFO_LIMIT.total_seconds()) as limit, self._probing:
+            if not self._running:
+                raise ConnectionError("the server is being stopped")
+            self._asking = limit
+            try:
+                return await self._ask()
+            finally:
+                self._asking = None
+
+    async def _stop_asking(self) -> None:
+        """Close the probe's connection; who waits for an answer gets none.
+
+        Never under him: the next to open a file may get the descriptor that he is still waiting on.
+        """
+        if self._asking is not None and not self._asking.expired():
+            self._asking.reschedule(asyncio.get_running_loop().time())
+        async with self._probing:
+            await self._close_probe()
 
     async def _ask(self) -> Answer:
         if self._probe is None or self._probe.closed:
