@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import yaml
 
 from flynn.http.client import HttpClient
@@ -128,7 +129,18 @@ class Cluster:
         wanted = ["leader", "replica", "replica"]
         if self.members[0].synchronous:
             wanted = ["leader", "replica", "sync_standby"]
-        return sorted(roles) == wanted and running
+        return sorted(roles) == wanted and running and await self._streaming() == len(self.members) - 1
+
+    async def _streaming(self) -> int:
+        """How many replicas really receive; one that Patroni calls running may be on another timeline."""
+        primary = await self.primary()
+        conninfo = f"host=127.0.0.1 port={primary.port} user=postgres dbname=postgres connect_timeout=2"
+        try:
+            async with await psycopg.AsyncConnection.connect(conninfo) as connection:
+                asked = await connection.execute("SELECT FROM pg_stat_replication WHERE state = 'streaming'")
+                return asked.rowcount
+        except psycopg.Error:
+            return 0
 
     async def primary(self) -> Member:
         view = await self.view()

@@ -401,7 +401,7 @@ class PostgreSQL:
                         raise DatabaseError("the server is starting, and there are news about the cluster")
                     await asyncio.sleep(START_POLL.total_seconds())
         except TimeoutError as error:
-            self._slow_starts = min(self._slow_starts + 1, 10)
+            self._slow_starts = min(self._slow_starts + 1, 5)
             await self._stop()
             raise DatabaseError(f"the server was not ready after {limit}") from error
         finally:
