@@ -448,7 +448,9 @@ def test_ups_and_downs_alternate_beginning_with_up(outcomes: str, threshold: int
 
 def test_defaults_of_a_check() -> None:
     assert (CHECK.interval, CHECK.threshold, CHECK.status) == (timedelta(seconds=2), 2, 200)
-    assert pause(Health(), CHECK) == timedelta(milliseconds=100)
+    first = [pause(Health(against=failures), CHECK) / timedelta(milliseconds=1) for failures in range(1, 6)]
+    assert first == [12.5, 25, 50, 100, 100]
+    assert pause(Health(against=10**6), CHECK) == timedelta(milliseconds=100)
     assert pause(Health(up=True, ever_up=True), CHECK) == timedelta(seconds=2)
     custom = Check.of(HealthCheck(type="http", interval=Nanoseconds(5_000_000_000), threshold=7, status=302))
     assert (custom.interval, custom.threshold, custom.status) == (timedelta(seconds=5), 7, 302)

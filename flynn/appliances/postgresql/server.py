@@ -389,7 +389,7 @@ class PostgreSQL:
         Before it does, it may have to receive log, from an upstream that has died meanwhile. So the wait ends with
         DatabaseError as soon as there are news; the server goes on, until it is known that they concern it.
         """
-        limit = STANDBY_START_LIMIT * 2**self._slow_starts
+        limit = STANDBY_START_LIMIT * (1 << self._slow_starts)
         self._detail = STARTING
         try:
             if not self._running:

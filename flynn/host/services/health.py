@@ -13,7 +13,8 @@ from datetime import timedelta
 from flynn.types.codec import as_timedelta
 from flynn.types.release import HealthCheck
 
-FIRST_INTERVAL = timedelta(milliseconds=100)  # until the first success
+FIRST_PAUSE = timedelta(milliseconds=12.5)  # until the first success, twice as long each time:
+LONGEST_FIRST_PAUSE = timedelta(milliseconds=100)  # most programs listen a moment after they begin
 DEFAULT_INTERVAL = timedelta(seconds=2)
 DEFAULT_THRESHOLD = 2
 DEFAULT_START_TIMEOUT = timedelta(seconds=10)
@@ -84,4 +85,7 @@ def observe(health: Health, success: bool, threshold: int) -> tuple[Health, Chan
 
 def pause(health: Health, check: Check) -> timedelta:
     """Return how long to wait before the next probe."""
-    return check.interval if health.ever_up else min(FIRST_INTERVAL, check.interval)
+    if health.ever_up:
+        return check.interval
+    doublings = min(max(health.against - 1, 0), 8)
+    return min(FIRST_PAUSE * (1 << doublings), LONGEST_FIRST_PAUSE, check.interval)
