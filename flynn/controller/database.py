@@ -135,10 +135,10 @@ class Database:
             self.conninfo,
             connect_timeout=int(CONNECT_TIMEOUT.total_seconds()),
             target_session_attrs="read-write",  # a leader that was just demoted is none
-            keepalives_idle=5,
-            keepalives_interval=2,
+            keepalives_idle=3,  # a primary without power is noticed after 6 s, as any other neighbour
+            keepalives_interval=1,
             keepalives_count=3,
-            tcp_user_timeout=10_000,
+            tcp_user_timeout=6_000,
             options=f"-c timezone=UTC -c statement_timeout={int(STATEMENT_TIMEOUT.total_seconds() * 1000)}",
         )
 

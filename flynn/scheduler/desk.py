@@ -32,6 +32,7 @@ class Timer(StrEnum):
     CHECK = "check"  # a host under suspicion is probed again
     SUCCESSOR = "successor"  # a host has had its time to bring a job back
     SWEEP = "sweep"
+    BOOKS = "books"  # a new leader has waited for the controller's books long enough
     CLAIM = "claim"  # who was overruled, and leads by the directory all the same, tries again
     STEADY = "steady"  # a host may have been well for long enough to have jobs moved to it
     BALANCE = "balance"  # a job may be moved

@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_EVERY = timedelta(seconds=60)  # a full reconcile, so that no lost trigger leaves a formation wrong for good
 CLAIM_AGAIN = timedelta(seconds=60)  # hosts remember a leader that is silent for 75 s
+BOOKS_PATIENCE = timedelta(seconds=3)  # the controller may be waiting for a database that has just lost its power
 
 FORMATIONS = "formations"
 RECORDS = "records"
@@ -219,6 +220,7 @@ class Engine:
         self._hosts.unlisted.update(dict.fromkeys(self.world.hosts))
         self._desk.mark_all()
         self._desk.ask(Resync())
+        self._desk.arm(now + BOOKS_PATIENCE, Timer.BOOKS)
         log.info("leading", extra={"hosts": len(self.world.hosts), "formations": len(self.world.formations)})
 
     def _follow(self) -> None:
@@ -296,6 +298,11 @@ class Engine:
                     self._balance.begin(now) if self.settled else self._balance.again(now)
             case Timer.MOVE:
                 pass  # `step` looks at all moves
+            case Timer.BOOKS:
+                if self.leader and self._awaited:
+                    # Jobs of lost hosts do not wait for it: what streams and hosts said must do, and is compared later.
+                    log.info("the controller's books are late", extra={"missing": sorted(self._awaited)})
+                    self._awaited.clear()
             case Timer.SWEEP:
                 self._sweep(now)
             case _:
