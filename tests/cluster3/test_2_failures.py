@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster3
 LEVELLED_SECONDS = 120  # from then on until every node has its share again
 #: From power-off until its stateless jobs run elsewhere, on a busy machine: silence of 10 s in the directory (less
 #: under a new leader, who has to be found first), a second or two of probes that nobody refuses, a start.
-REPLACED_SECONDS = {"a follower": 16, "the leader": 22}
+REPLACED_SECONDS = {"a follower": 15, "the leader": 18}
 
 
 def write(three: Lab, at: Node, service: str) -> bool:
