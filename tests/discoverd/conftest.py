@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flynn.identity.authority import ClusterCA
 from tests.discoverd.harness import Place
+from tests.discoverd.raft import Follower
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,10 @@ def ca() -> ClusterCA:
 @pytest.fixture
 def place(ca: ClusterCA, tmp_path: Path) -> Place:
     return Place(ca, tmp_path)
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    one = Follower(tmp_path)
+    yield one
+    one.member._doDestroy()

@@ -5,20 +5,12 @@ The library is driven by hand: what a transport would deliver is delivered, noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flynn.discoverd.raft.journal import DurableJournal
 from tests.discoverd.raft import NO_OP, Follower
-
-
-@pytest.fixture
-def follower(tmp_path: Path) -> Iterator[Follower]:
-    one = Follower(tmp_path)
-    yield one
-    one.member._doDestroy()
 
 
 def entries(first: int, last: int, term: int) -> list[tuple[int, int]]:

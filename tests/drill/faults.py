@@ -311,17 +311,20 @@ def _(scene: Scene) -> None:
 # A node is cut off from everybody.
 
 
+def _cut_off(scene: Scene, member: Node) -> None:
+    scene.say(f"{member.id}, {CUT_SECONDS} s")
+    with scene.dark(member):
+        scene.strike(member)
+        network.cut(member)
+        try:
+            scene.wait_carried(scene.struck_at, CUT_SECONDS)
+        finally:
+            network.mend(member)
+
+
 def _cut(name: str, what: str, choose: Callable[[Cluster], Node]) -> None:
     def procedure(scene: Scene) -> None:
-        member = choose(scene.cluster)
-        scene.say(f"{member.id}, {CUT_SECONDS} s")
-        with scene.dark(member):
-            scene.strike(member)
-            network.cut(member)
-            try:
-                scene.wait_carried(scene.struck_at, CUT_SECONDS)
-            finally:
-                network.mend(member)
+        _cut_off(scene, choose(scene.cluster))
 
     fault(name, what)(procedure)
 
@@ -339,14 +342,7 @@ _cut(
 )
 def _(scene: Scene) -> None:
     former = scene.cluster.database_role("primary").member
-    scene.say(f"{former.id}, {CUT_SECONDS} s")
-    with scene.dark(former):
-        scene.strike(former)
-        network.cut(former)
-        try:
-            scene.wait_carried(scene.struck_at, CUT_SECONDS)
-        finally:
-            network.mend(former)
+    _cut_off(scene, former)
     until(
         "the former primary is taken back", lambda: _without_async(scene.cluster, former), CARRIED_SECONDS, every=0.05
     )

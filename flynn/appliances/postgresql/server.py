@@ -58,6 +58,10 @@ class EndedDuringStart(DatabaseError):
     """The server did not hang, it gave up: on its data, its configuration, or what the machine has left."""
 
 
+class NotReadyInTime(DatabaseError):
+    """The server was stopped again because it did not let clients in within the limit."""
+
+
 class PostgreSQL:
     """Implements `sirenia.database.Database`. The `keep_` methods belong to a supervisor."""
 
@@ -395,15 +399,10 @@ class PostgreSQL:
             if not self._running:
                 await self._launch(mode)
                 self._launched = config
-            async with asyncio.timeout(limit.total_seconds()):
-                while not await self._lets_in():
-                    if self._news != self._heard:
-                        raise DatabaseError("the server is starting, and there are news about the cluster")
-                    await asyncio.sleep(START_POLL.total_seconds())
-        except TimeoutError as error:
+            await self._until_ready(limit, heed_news=True)
+        except NotReadyInTime:
             self._slow_starts = min(self._slow_starts + 1, 5)
-            await self._stop()
-            raise DatabaseError(f"the server was not ready after {limit}") from error
+            raise
         finally:
             self._detail = ""
         self._slow_starts = 0
@@ -532,13 +531,7 @@ class PostgreSQL:
     async def _start(self, mode: Mode) -> None:
         """Start the server and wait until it lets clients in."""
         await self._launch(mode)
-        try:
-            async with asyncio.timeout(START_LIMIT.total_seconds()):
-                while not await self._lets_in():
-                    await asyncio.sleep(START_POLL.total_seconds())
-        except TimeoutError as error:
-            await self._stop()
-            raise DatabaseError(f"the server was not ready after {START_LIMIT}") from error
+        await self._until_ready(START_LIMIT, heed_news=False)
 
     async def _launch(self, mode: Mode) -> None:
         config, data = self._config, self._directory.path
@@ -550,6 +543,18 @@ class PostgreSQL:
             self._postmaster = await Postmaster.start(config.installation, data)
         except OSError as error:
             raise DatabaseError(f"cannot start the server: {error}") from error
+
+    async def _until_ready(self, limit: timedelta, *, heed_news: bool) -> None:
+        """Wait for the server that was launched. Raises NotReadyInTime, EndedDuringStart, or DatabaseError for news."""
+        try:
+            async with asyncio.timeout(limit.total_seconds()):
+                while not await self._lets_in():
+                    if heed_news and self._news != self._heard:
+                        raise DatabaseError("the server is starting, and there are news about the cluster")
+                    await asyncio.sleep(START_POLL.total_seconds())
+        except TimeoutError as error:
+            await self._stop()
+            raise NotReadyInTime(f"the server was not ready after {limit}") from error
 
     async def _lets_in(self) -> bool:
         """Whether the server that was launched takes connections. Raises EndedDuringStart."""

@@ -373,10 +373,10 @@ class _Member(SyncObj):  # type: ignore[misc]  # the library has no types
         return term, index
 
     def _onTick(self, timeToWait: float = 0.0) -> None:
-        self._canvass()
+        self._ask_before_election()
         super()._onTick(timeToWait)
 
-    def _canvass(self) -> None:
+    def _ask_before_election(self) -> None:
         """Put off an election that is due until a majority agrees to it."""
         due = self._SyncObj__raftElectionDeadline < time.monotonic()
         if not due or self.observing or self._isLeader() or not self.otherNodes:
